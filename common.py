@@ -1,0 +1,695 @@
+"""Iterative amortized inference (Mittal et al., 2025): what all six scripts share.
+
+Read in this order: `refine`, the greedy loop; `Parametric`, `Explicit`, `Implicit`, the three regimes; `Transformer`.
+The second half (flags, files, evaluation, plots) is plumbing and knows nothing of the method.
+
+Shapes: B tasks, K steps (one mini-batch each), N observations in a mini-batch (the context), Q queries, D width,
+T prefixes of a mini-batch, H past states, P numbers in a state, X and Y numbers in an input and in a target.
+"""
+
+import argparse
+import collections
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# A batch of tasks: context_x (K, B, N, X), context_y (K, B, N, Y), query_x (B, Q, X), query_y (B, Q, Y).
+# Targets are always vectors: one number for regression, one-hot for classes.
+Task = collections.namedtuple("Task", "context_x context_y query_x query_y")
+
+
+# ---------------------------------------------------------------- the greedy loop
+
+
+def refine(model, task):
+    """Refines a solution over the K mini-batches of `task` (eqs. 7 and 8); yields a prediction after each of them.
+
+    A prediction is (T, B, Q, Y), where T counts the prefixes of the mini-batch that were solved in the same pass, so
+    that it broadcasts against `task.query_y`. States are detached between steps: the loss of each yielded prediction
+    may be backpropagated at once, and its graph is freed before the next step (greedy training, eqs. 9 and 19-22).
+    """
+    past = [model.initial_state(task.query_x)] * model.history  # oldest first
+    for x, y in zip(task.context_x, task.context_y):
+        states = model.update(past, x, y, task.query_x)  # (T, B, ...)
+        yield model.predict(states, task.query_x)
+        past = [state.detach() for state in past[1:] + [model.carry(states)]]
+
+
+# ---------------------------------------------------------------- the masked transformer
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: `nn.TransformerEncoderLayer(norm_first=True, activation="gelu")` in the open."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def split(self, x):
+        B, S, C = x.shape
+        return x.view(B, S, self.heads, C // self.heads).transpose(1, 2)  # (B, heads, S, C / heads)
+
+    def memory(self, x):
+        """Keys and values of the tokens x (B, S, D), for any token that attends to them."""
+        k, v = self.key_value(self.norm1(x)).chunk(2, dim=-1)
+        return self.split(k), self.split(v)
+
+    def forward(self, x, memory, visible=None, causal=False):
+        """Tokens x (B, S, D) attend to `memory`; `visible` is a boolean mask (B, 1, S, N), True where they may look."""
+        q = self.split(self.query(self.norm1(x)))
+        a = F.scaled_dot_product_attention(q, *memory, attn_mask=visible, is_causal=causal)
+        x = x + self.out(a.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks without positions: a mini-batch is a set. Runs in `self.dtype`, takes and returns float32."""
+
+    def __init__(self, width, depth, heads):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.dtype = torch.float32
+
+    def autocast(self, x):
+        return torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def forward(self, x, causal):
+        """Self-attention over the tokens x (B, S, D) -> (B, S, D)."""
+        with self.autocast(x):
+            for block in self.blocks:
+                x = block(x, block.memory(x), causal=causal)
+        return self.norm(x.float())
+
+    def encode(self, x, causal):
+        """Context tokens x (B, N, D) -> the keys and values of every layer. They do not depend on any query."""
+        memories = []
+        with self.autocast(x):
+            for i, block in enumerate(self.blocks):
+                memories.append(block.memory(x))
+                if i + 1 < len(self.blocks):  # nobody reads what the last layer would make of the context
+                    x = block(x, memories[-1], causal=causal)
+        return memories
+
+    def read(self, x, memories, visible=None):
+        """Query tokens x (B, Q, D) attend to the context in every layer and never to each other -> (B, Q, D)."""
+        with self.autocast(x):
+            for block, memory in zip(self.blocks, memories):
+                x = block(x, memory, visible)
+        return self.norm(x.float())
+
+
+# ---------------------------------------------------------------- the three regimes
+
+
+class Parametric(nn.Module):
+    """The state is the parameters of a fixed predictor: learned optimizers and hypernetworks (eq. 7).
+
+    predictor(parameters (..., P), x (..., Q, X)) -> (..., Q, Y) is a plain function of the script, and
+    loss(prediction, y) -> (...), one number per observation, is the loss whose gradients the model sees.
+    """
+
+    def __init__(self, args, x_dim, y_dim, loss, predictor=None, state_dim=None):
+        super().__init__()
+        self.loss, self.predictor = loss, predictor
+        self.history, self.causal, self.carried = args.history, args.mask == "causal", args.carry
+        self.slots = args.latent_tokens  # tokens that the state is spread over; 1 but for explicit without a mask
+        D, P = args.width, state_dim
+        self.theta0 = nn.Parameter(torch.zeros(self.slots * P) if predictor else torch.randn(self.slots * P))
+        self.observation = nn.Linear(x_dim + y_dim, D) if args.signal in ("data", "both") else None
+        self.gradient = nn.Linear(self.history * self.slots * P, D) if args.signal in ("grad", "both") else None
+        self.state = nn.Linear(P, D)
+        self.age = nn.Parameter(0.02 * torch.randn(self.history, 1, D))  # tells past states from the current one
+        self.transformer = Transformer(D, args.depth, args.heads)
+        self.decoder = nn.Linear(D, P)
+        nn.init.zeros_(self.decoder.weight)  # the untrained update is "stay": no step starts by throwing the state away
+        nn.init.zeros_(self.decoder.bias)
+
+    def initial_state(self, query_x):
+        return self.theta0.expand(len(query_x), -1)  # (B, P)
+
+    def predict(self, states, x):
+        """States (..., P) applied to inputs x (..., Q, X) -> (..., Q, Y)."""
+        return self.predictor(states, x)
+
+    def gradients(self, state, x, y):
+        """Gradient of each observation's loss at the state (B, P) -> (B, N, P). An input: nothing flows back into it."""
+        with torch.enable_grad():
+            copies = state.detach()[:, None].expand(-1, x.shape[1], -1).requires_grad_()  # one copy an observation
+            losses = self.loss(self.predict(copies, x[:, :, None]), y[:, :, None])
+            return torch.autograd.grad(losses.sum(), copies)[0]
+
+    def update(self, past, x, y, query_x):
+        """h_phi of eq. 7: the last H states (B, P) and a mini-batch -> states after each prefix (T, B, P)."""
+        if self.training and not self.causal:  # one random length a step for the whole batch (sec. 11.4)
+            n = int(torch.randint(1, x.shape[1] + 1, ()))
+            x, y = x[:, :n], y[:, :n]
+        B, S = len(x), self.slots
+        tokens = 0
+        if self.observation is not None:
+            tokens = tokens + self.observation(torch.cat([x, y], -1))  # (B, N, D)
+        if self.gradient is not None:
+            tokens = tokens + self.gradient(torch.cat([self.gradients(state, x, y) for state in past], -1))
+        slots = self.state(torch.stack(past, 1).view(B, self.history, S, -1)) + self.age  # (B, H, S, D)
+        h = self.transformer(torch.cat([slots.flatten(1, 2), tokens], 1), self.causal)  # (B, H * S + N, D)
+        first = self.history * S
+        if self.causal:  # the output at observation t is the state inferred from the first t observations (fig. 5)
+            h = h[:, first:] if self.training else h[:, -1:]
+            change = self.decoder(h).transpose(0, 1)  # (T, B, P)
+        else:  # the outputs at the current state's own tokens (fig. 7)
+            change = self.decoder(h[:, first - S : first]).reshape(1, B, -1)
+        return past[-1] + change
+
+    def carry(self, states):
+        """The state (B, P) handed to the next step, out of those after each prefix (T, B, P)."""
+        if self.carried == "full":
+            return states[-1]
+        T, B, _ = states.shape
+        return states[torch.randint(T, (B,), device=states.device), torch.arange(B, device=states.device)]
+
+
+class Explicit(Parametric):
+    """The state is a latent that a trained predictor f_gamma reads: conditional neural processes, iterated (eq. 7)."""
+
+    def __init__(self, args, x_dim, y_dim, loss):
+        super().__init__(args, x_dim, y_dim, loss, state_dim=args.latent)
+        self.network = LatentMLP(self.slots * args.latent, x_dim, y_dim, args.hidden)
+
+    def predict(self, states, x):
+        return self.network(states, x)
+
+
+class LatentMLP(nn.Module):
+    """f_gamma(x, z): a residual MLP on x in which the latent z scales and shifts every layer (FiLM).
+
+    A latent that is only concatenated to x cannot multiply it, which even w.x needs.
+    """
+
+    def __init__(self, latent, x_dim, y_dim, hidden, layers=2):
+        super().__init__()
+        self.input = nn.Linear(x_dim, hidden)
+        self.film = nn.Linear(latent, 2 * (layers + 1) * hidden)
+        self.up = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
+        self.down = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
+        self.output = nn.Linear(hidden, y_dim)
+
+    def forward(self, z, x):
+        film = self.film(z).unsqueeze(-2).chunk(2 * len(self.up) + 2, dim=-1)  # each (..., 1, hidden)
+        h = self.input(x) * (1 + film[0]) + film[1]  # (..., Q, hidden)
+        for i, (up, down) in enumerate(zip(self.up, self.down)):
+            h = h + down(F.gelu(up(h) * (1 + film[2 * i + 2]) + film[2 * i + 3]))
+        return self.output(h)
+
+
+class Implicit(nn.Module):
+    """The state is each query's own prediction, refined by a transformer that reads the mini-batch (eq. 8)."""
+
+    def __init__(self, args, x_dim, y_dim, loss=None):
+        super().__init__()
+        self.history, self.causal, self.kind = args.history, args.mask == "causal", args.state
+        D, S = args.width, (args.width if args.state == "latent" else y_dim)
+        self.initial = nn.Parameter(torch.zeros(S))
+        self.observation = nn.Linear(x_dim + y_dim, D)
+        # Queries share the encoder of the observations [x, y]; a latent is no y and gets its own (sec. 11.1).
+        self.query = nn.Linear(x_dim + D, D) if args.state == "latent" else self.observation
+        self.query_embedding = nn.Parameter(0.02 * torch.randn(D))
+        self.older = nn.Linear((self.history - 1) * S, D) if self.history > 1 else None
+        self.transformer = Transformer(D, args.depth, args.heads)
+        self.decoder = nn.Linear(D, y_dim)
+
+    def initial_state(self, query_x):
+        return self.initial.expand(*query_x.shape[:2], -1)  # (B, Q, S)
+
+    def predict(self, states, query_x):
+        """States (T, B, Q, S) -> predictions (T, B, Q, Y)."""
+        return self.decoder(states) if self.kind == "latent" else states
+
+    def encode(self, x, y):
+        """A mini-batch -> the keys and values that queries attend to. Reusable: it depends on no query."""
+        return self.transformer.encode(self.observation(torch.cat([x, y], -1)), self.causal)
+
+    def update(self, past, x, y, query_x):
+        """r_gamma of eq. 8: the last H states (B, Q, S) and a mini-batch -> the next states (1, B, Q, S)."""
+        visible, N = None, x.shape[1]
+        if self.training and self.causal:  # each query sees a random prefix of its own (fig. 6)
+            length = torch.randint(1, N + 1, (*query_x.shape[:2], 1), device=x.device)
+            visible = (torch.arange(N, device=x.device) < length)[:, None]  # (B, 1, Q, N)
+        elif self.training:  # one random length a step for the whole batch (sec. 11.4)
+            n = int(torch.randint(1, N + 1, ()))
+            x, y = x[:, :n], y[:, :n]
+        return self.read(past, self.encode(x, y), query_x, visible)
+
+    def read(self, past, memories, query_x, visible=None):
+        state = past[-1].softmax(-1) if self.kind == "softmax" else past[-1]
+        tokens = self.query(torch.cat([query_x, state], -1)) + self.query_embedding  # (B, Q, D)
+        if self.older is not None:
+            tokens = tokens + self.older(torch.cat(past[:-1], -1))
+        h = self.transformer.read(tokens, memories, visible)
+        return (h if self.kind == "latent" else self.decoder(h))[None]
+
+    def carry(self, states):
+        return states[0]
+
+
+REGIMES = {"parametric": Parametric, "explicit": Explicit, "implicit": Implicit}
+
+
+# ---------------------------------------------------------------- flags
+
+
+def fail(message, code=2):
+    """Ends the program with one line on stderr."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (see {self.prog} --help)")
+
+
+def number(kind, low, strict=False):
+    """An argparse type: a finite number of at least (or, if strict, above) `low`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        if not math.isfinite(value) or value < low or (strict and value == low):
+            raise argparse.ArgumentTypeError(f"must be {'above' if strict else 'at least'} {low}, not {text}")
+        return value
+
+    return parse
+
+
+count = number(int, 1)
+
+
+def make_parser(doc):
+    """The flags that all scripts share; a script adds its own and calls `set_defaults`."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument_group("the method").add_argument
+    add("--regime", choices=REGIMES, help="what persists between steps: weights, a latent, or each query's prediction")
+    add("--steps", type=count, help="K, refinement steps; each sees a fresh mini-batch")
+    add("--signal", choices=("data", "grad", "both"), default="data", help="what tokens carry: observations, their gradients, or both")
+    add("--mask", choices=("causal", "none"), default="causal", help="causal: all context sizes in one pass; none: one random size a step")
+    add("--history", type=count, default=1, help="H, how many of the last states (and gradients) the model sees")
+    add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
+    add("--carry", choices=("full", "random"), default="full", help="the prefix whose state goes to the next step in training (parametric, explicit)")
+    add("--latent", type=count, default=64, help="numbers in a latent token of the explicit regime")
+    add("--latent-tokens", type=count, default=1, help="latent tokens of the explicit regime, for --mask none")
+    add("--hidden", type=count, default=64, help="width of the explicit regime's trained MLP")
+    add = parser.add_argument_group("the transformer").add_argument
+    add("--width", type=count, default=64, help="D, numbers in a token")
+    add("--depth", type=count, default=3, help="layers")
+    add("--heads", type=count, default=2, help="attention heads; they divide the width")
+    add = parser.add_argument_group("training and evaluation").add_argument
+    add("--context", type=count, help="N, observations in a mini-batch")
+    add("--queries", type=count, help="Q, held-out observations a task is scored on")
+    add("--tasks", type=count, help="B, tasks per optimizer step")
+    add("--iters", type=count, help="optimizer steps")
+    add("--lr", type=number(float, 0, strict=True), help="peak learning rate (warm-up, then cosine)")
+    add("--eval-tasks", type=number(int, 2), default=256, help="fixed tasks that the evaluation averages over")
+    add("--seed", type=number(int, 0), default=0, help="seeds weights and training data; evaluation tasks never change")
+    add("--preset", choices=("laptop", "paper"), default="laptop", help="laptop: the defaults; paper: the paper's scale, for one GPU")
+    add = parser.add_argument_group("the machine and the files").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the transformer; states and losses stay in float32")
+    add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster on a GPU")
+    add("--out", help="folder for checkpoint, log, results and plots (default: out/<script>-<what differs from the defaults>)")
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
+    add("--resume", metavar="DIR", help="go on with the run in DIR")
+    add("--eval", metavar="FILE", help="evaluate a checkpoint without training")
+    add("--plot-only", metavar="DIR", help="redraw the plots of the run in DIR from its JSON")
+    return parser
+
+
+# Flags that say where and how to run, not what: they are no part of a run's name and may change when it is resumed.
+RUNTIME = ("device", "dtype", "compile", "out", "overwrite", "resume", "eval", "plot_only", "data_dir", "eval_tasks")
+
+
+def parse_args(parser, presets, argv=None):
+    """Reads the flags, then checks all that can be checked before any work. Exits with code 2 and one line if it fails.
+
+    Returns args; args.checkpoint holds what --resume or --eval loaded, else None.
+    """
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
+    script = parser.prog.removesuffix(".py")
+    unset = {action.dest: None for action in parser._actions}
+    given = {k: v for k, v in vars(parser.parse_args(argv, argparse.Namespace(**unset))).items() if v is not None}
+    defaults = vars(parser.parse_args([]))
+    args = argparse.Namespace(**(defaults | presets.get(given.get("preset"), {}) | given), checkpoint=None)
+    if args.plot_only:
+        return args
+    if args.resume and args.eval:
+        fail("--resume trains on and --eval does not train: give one of them")
+    if args.resume or args.eval:
+        args.checkpoint = load_checkpoint(args.eval or os.path.join(args.resume, "checkpoint.pt"), script)
+        trained = args.checkpoint["args"]
+        for flag, value in given.items():
+            if flag not in RUNTIME and value != trained.get(flag):
+                fail(f"--{flag.replace('_', '-')} {value} does not fit the checkpoint, which has {trained.get(flag)}")
+        runtime = {k: v for k, v in vars(args).items() if k in RUNTIME or k == "checkpoint"}
+        if "eval_tasks" not in given:
+            runtime["eval_tasks"] = trained["eval_tasks"]
+        args = argparse.Namespace(**(trained | runtime))
+    check(args, given)
+    args.device, args.dtype, reason = pick_device(args.device, args.dtype)
+    print(f"device {args.device}, dtype {args.dtype} ({reason}), {torch.get_num_threads()} threads")
+    args.out = make_out(args, script, {k: v for k, v in given.items() if v != defaults[k]})
+    args.script, args.command = script, shlex.join(["python", *sys.argv]) if argv is None else f"{script} (in a test)"
+    return args
+
+
+def check(args, given):
+    """Refuses what contradicts itself, with the reason."""
+    if args.regime == "implicit" and args.signal != "data":
+        fail(f"--signal {args.signal} needs task parameters to take the gradient of; --regime implicit has none (use --signal data)")
+    if args.width % args.heads:
+        fail(f"--width {args.width} is not divisible by --heads {args.heads}")
+    if args.state != "logits" and args.regime != "implicit":
+        fail(f"--state {args.state} is for --regime implicit; the state of --regime {args.regime} is given by the regime")
+    if args.carry != "full" and (args.regime == "implicit" or args.mask == "none"):
+        fail(f"--carry {args.carry} is for the causal parametric and explicit regimes; elsewhere a step has one prefix a query")
+    if args.latent_tokens > 1 and (args.regime != "explicit" or args.mask != "none"):
+        fail("--latent-tokens above 1 needs --regime explicit --mask none (a causal mask reads the latent at every observation)")
+    for flag in ("latent", "hidden"):
+        if flag in given and args.regime != "explicit":
+            fail(f"--{flag} is for --regime explicit")
+
+
+def pick_device(device, dtype):
+    """-> device, dtype (as text) and the reason for the dtype."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        fail(f"--device {device}: this machine (or this build of torch) does not have it")
+    # torch.cuda.is_bf16_supported() is true on chips that only emulate bfloat16: ask for the hardware generation.
+    native = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if dtype == "auto":
+        reason = "native on this chip" if native else "bfloat16 would not be faster here"
+        return device, "bfloat16" if native else "float32", reason
+    if dtype == "bfloat16" and torch.device(device).type == "cuda" and not native:
+        fail("--dtype bfloat16: this GPU only emulates it; use float32")
+    return device, dtype, "as asked"
+
+
+def make_out(args, script, changed):
+    """The folder of this run, made and found writable; refuses one that holds another run."""
+    name = "-".join([script] + [f"{k}_{v}" for k, v in sorted(changed.items()) if k not in RUNTIME])
+    out = args.resume or args.out or (os.path.join(os.path.dirname(args.eval), "eval") if args.eval else f"out/{name}")
+    held = [f for f in ("checkpoint.pt", "log.jsonl", "results.json") if os.path.exists(os.path.join(out, f))]
+    if held and not args.resume and not args.overwrite:
+        fail(f"{out} already holds a run: --resume {out} to go on, --overwrite to replace it, or another --out")
+    try:
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, ".probe"), "w"):
+            pass
+        os.remove(os.path.join(out, ".probe"))
+    except OSError as error:
+        fail(f"cannot write to --out {out}: {error.strerror}")
+    if not args.resume:
+        for f in held:
+            os.remove(os.path.join(out, f))
+    return out
+
+
+# ---------------------------------------------------------------- files, seeds, the training journal
+
+
+WEIGHTS, TRAINING, EVALUATION = 1, 2, 3  # streams of random numbers that never meet
+
+
+def seed_all(stream, seed, index=0):
+    """Seeds every draw that follows. Training data are a function of (seed, iteration), so resuming replays them."""
+    torch.manual_seed(int(np.random.SeedSequence((stream, seed, index)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def replace_file(path, write):
+    """Calls write(temporary path) and moves the file into place: a kill leaves the old file or the new one."""
+    write(path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def write_json(path, content):
+    def write(temporary):
+        with open(temporary, "w") as f:
+            json.dump(content, f, indent=1)
+
+    replace_file(path, write)
+
+
+def load_checkpoint(path, script):
+    """A dict of tensors and primitives; loading runs no code of the file."""
+    if not os.path.isfile(path):
+        fail(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        fail(f"{path} is not a checkpoint of this project, or it is damaged")
+    if not isinstance(checkpoint, dict) or not {"script", "args", "model", "optimizer", "iteration"} <= set(checkpoint):
+        fail(f"{path} is not a checkpoint of this project")
+    if checkpoint["script"] != script:
+        fail(f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py")
+    return checkpoint
+
+
+def place(model, args):
+    """The model on its device, in its dtype, with the checkpoint's weights if there are any."""
+    if args.checkpoint:
+        try:
+            model.load_state_dict(args.checkpoint["model"])
+        except (RuntimeError, KeyError, AttributeError):
+            fail("the checkpoint's weights do not fit the model that its arguments describe")
+    model.to(args.device).transformer.dtype = getattr(torch, args.dtype)
+    if args.compile:
+        for block in model.transformer.blocks:
+            block.compile()
+    return model
+
+
+def make_optimizer(model, args):
+    return torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=args.device != "mps")
+
+
+def set_learning_rate(optimizer, iteration, args):
+    """Linear warm-up over 5% of the run, then a cosine to zero."""
+    done, warm = (iteration + 1) / args.iters, 0.05
+    scale = done / warm if done < warm else 0.5 * (1 + math.cos(math.pi * (done - warm) / (1 - warm)))
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * scale
+
+
+def trained(args):
+    """Iterations and seconds of training behind the checkpoint of --eval."""
+    return args.checkpoint["iteration"], args.checkpoint["train_seconds"]
+
+
+class Journal:
+    """Iterates over a run's optimizer steps: progress bar, log.jsonl, checkpoint.pt, Ctrl-C. Knows nothing of training.
+
+        for iteration in journal:
+            ...
+            journal.log(losses, metric)
+    """
+
+    every, save_seconds = 50, 60
+
+    def __init__(self, model, optimizer, args):
+        self.model, self.optimizer, self.args = model, optimizer, args
+        self.iteration, self.seconds, self.pending, self.stop = 0, 0.0, [], False
+        self.path = os.path.join(args.out, "checkpoint.pt")
+        if args.checkpoint:
+            optimizer.load_state_dict(args.checkpoint["optimizer"])
+            self.iteration, self.seconds = args.checkpoint["iteration"], args.checkpoint["train_seconds"]
+            rows = [row for row in read_log(args.out) if row["iteration"] <= self.iteration]
+            replace_file(os.path.join(args.out, "log.jsonl"), lambda path: write_rows(path, "w", rows))
+
+    def __iter__(self):
+        from tqdm import tqdm
+
+        previous = signal.signal(signal.SIGINT, self.interrupt)
+        start, saved, before = time.time(), time.time(), self.seconds
+        self.bar = tqdm(total=self.args.iters, initial=self.iteration, unit="it", dynamic_ncols=True)
+        while self.iteration < self.args.iters and not self.stop:
+            yield self.iteration
+            self.iteration += 1
+            self.seconds = before + time.time() - start
+            self.bar.update()
+            if self.iteration % self.every == 0 or self.iteration == self.args.iters:
+                self.flush()
+            if time.time() - saved > self.save_seconds:
+                self.save()
+                saved = time.time()
+        self.save()
+        self.bar.close()
+        signal.signal(signal.SIGINT, previous)
+        if self.stop:
+            print(f"stopped after {self.iteration} of {self.args.iters} iterations; go on with --resume {self.args.out}")
+
+    def interrupt(self, *_):
+        if self.stop:
+            fail("interrupted twice; the last checkpoint is kept", 130)
+        self.stop = True
+
+    def log(self, losses, metric):
+        """losses: K tensors, one per refinement step; metric: a tensor. Fetched from the device only now and then."""
+        self.pending.append(torch.stack([*losses, metric]))
+
+    def flush(self):
+        if not self.pending:
+            return
+        values, self.pending = torch.stack(self.pending).cpu(), []
+        bad = (~values[:, :-1].isfinite().all(1)).nonzero().flatten()
+        if len(bad):
+            step = self.iteration - len(values) + int(bad[0])
+            self.bar.close()
+            fail(f"the loss is not finite at iteration {step}; the checkpoint before it is kept (lower --lr?)")
+        *losses, metric = values.mean(0).tolist()
+        lr = self.optimizer.param_groups[0]["lr"]
+        row = {"iteration": self.iteration, "loss": losses, "metric": metric, "lr": lr, "seconds": round(self.seconds, 2)}
+        write_rows(os.path.join(self.args.out, "log.jsonl"), "a", [row])
+        self.bar.set_postfix_str(f"loss {losses[-1]:.4f} metric {metric:.3g}")
+
+    def save(self):
+        self.flush()
+        args = {k: v for k, v in vars(self.args).items() if k not in RUNTIME + ("checkpoint", "command", "script")}
+        content = {
+            "script": self.args.script, "args": args | {"eval_tasks": self.args.eval_tasks}, "iteration": self.iteration,
+            "train_seconds": self.seconds, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+        replace_file(self.path, lambda path: torch.save(content, path))
+
+
+def write_rows(path, mode, rows):
+    with open(path, mode) as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_log(out):
+    path = os.path.join(out, "log.jsonl")
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
+
+
+# ---------------------------------------------------------------- evaluation, results, plot
+
+
+def evaluation_tasks(sample, total, stream=0, chunk=32):
+    """Yields `total` tasks in chunks drawn by sample(B); they depend on `stream` alone, not on --seed or --tasks."""
+    for index, first in enumerate(range(0, total, chunk)):
+        seed_all(EVALUATION, stream, index)
+        cut = min(chunk, total - first)
+        task = sample(chunk)
+        yield Task(task.context_x[:, :cut], task.context_y[:, :cut], task.query_x[:cut], task.query_y[:cut])
+
+
+@torch.no_grad()
+def evaluate(model, task, metric):
+    """metric(prediction, y) -> (B, Q) after 0, 1, ..., K mini-batches, averaged over queries -> (B, K + 1)."""
+    model.eval()
+    initial = model.predict(model.initial_state(task.query_x)[None], task.query_x)
+    return torch.stack([metric(p[-1], task.query_y).mean(1) for p in (initial, *refine(model, task))], 1)
+
+
+def summary(chunks, steps=None, **extra):
+    """Chunks of (tasks, steps) values -> mean and standard error over tasks, ready for results.json."""
+    values = torch.cat(list(chunks)).double().cpu()
+    steps = list(range(values.shape[1])) if steps is None else steps
+    stderr = values.std(0) / len(values) ** 0.5
+    return extra | {"steps": steps, "mean": values.mean(0).tolist(), "stderr": stderr.tolist(), "tasks": len(values)}
+
+
+def machine():
+    """The processor, for results.json: numbers without a machine cannot be compared."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            return next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
+    return platform.processor() or platform.machine()
+
+
+def write_results(args, model, data, iterations, seconds, metrics, baselines):
+    """Prints one line per evaluation and writes results.json."""
+    results = {
+        "command": args.command, "script": args.script,
+        "args": {k: v for k, v in vars(args).items() if k not in ("checkpoint", "command", "script")},
+        "data": data, "device": args.device, "machine": machine(), "dtype": args.dtype,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed,
+        "parameters": sum(p.numel() for p in model.parameters()), "iterations": iterations,
+        "train_seconds": round(seconds, 1), "metrics": metrics, "baselines": baselines,
+    }  # fmt: skip
+    for split, m in metrics.items():
+        for step, mean, stderr in zip(m["steps"], m["mean"], m["stderr"]):
+            rows = [(name, b) for name, b in baselines.get(split, {}).items() if step in b["steps"]]
+            beside = ", ".join(f"{name} {b['mean'][b['steps'].index(step)]:.3f}" for name, b in rows)
+            note = " (past training)" if step > args.steps else ""
+            print(f"{split} {m['data']} step {step}: {m['name']} {mean:.3f} +- {stderr:.3f}{note}" + (f" | {beside}" if beside else ""))
+    write_json(os.path.join(args.out, "results.json"), results)
+    return results
+
+
+def read_results(out, script):
+    try:
+        with open(os.path.join(out, "results.json")) as f:
+            results = json.load(f)
+        if results["script"] != script:
+            fail(f"{out} holds a run of {results['script']}.py, not of {script}.py")
+        return results
+    except OSError:
+        fail(f"no results.json in {out}")
+    except (ValueError, KeyError, TypeError):
+        fail(f"{out}/results.json is damaged")
+
+
+def plot_steps(out, results, log_scale=False):
+    """error.png: the metric against the step, with baselines, one panel a split; and the training loss of each step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics, log, K = results["metrics"], read_log(out), results["args"]["steps"]
+    fig, axes = plt.subplots(1, len(metrics) + bool(log), figsize=(4.6 * (len(metrics) + bool(log)), 3.8), squeeze=False)
+    for ax, (split, m) in zip(axes[0], metrics.items()):
+        ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color="C0", lw=2, capsize=3, label="this model", zorder=3)
+        for i, (name, b) in enumerate(results["baselines"].get(split, {}).items(), 1):
+            ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=f"C{i}", label=name)
+        ax.axvline(K, color="0.7", lw=1, zorder=0)
+        ax.text(K, 0.985, " trained up to here", transform=ax.get_xaxis_transform(), fontsize=7, color="0.4", va="top")
+        ax.set(title=f"{'in distribution' if split == 'id' else 'out of distribution'}: {m['data']}", xlabel="mini-batches seen", ylabel=m["name"])
+        ax.set_yscale("log" if log_scale else "linear")
+        ax.legend(fontsize=7)
+        ax.grid(alpha=0.3)
+    if log:
+        ax = axes[0, -1]
+        for k in range(K):
+            ax.plot([r["iteration"] for r in log], [r["loss"][k] for r in log], color=plt.cm.viridis(k / max(K, 2)), lw=1, label=f"step {k + 1}")
+        ax.set(title="training loss of each step", xlabel="iteration", yscale="log" if log_scale else "linear")
+        ax.legend(fontsize=7, ncols=2 if K > 5 else 1)
+        ax.grid(alpha=0.3)
+    signal_used = "" if results["args"]["regime"] == "implicit" else f", {results['args']['signal']}"
+    fig.suptitle(f"{results['script']} on {results['data']}: {results['args']['regime']}{signal_used}, {results['iterations']} iterations, seed {results['seed']}")
+    fig.tight_layout()
+    replace_file(os.path.join(out, "error.png"), lambda path: fig.savefig(path, dpi=130, format="png"))
+    plt.close(fig)

@@ -1,0 +1,148 @@
+"""Linear regression, inferred and refined over mini-batches (sec. 9.1; tables 2, 3 and 4).
+
+A task is a vector w ~ N(0, I) in `--dim` dimensions: y = w.x + noise, x ~ N(0, I). Each refinement step sees a fresh
+mini-batch of `--context` observations. The metric is the squared error on held-out queries, whose floor is noise^2.
+
+    python linreg.py                                # parametric, from observations
+    python linreg.py --regime parametric --signal grad
+    python linreg.py --regime implicit
+"""
+
+import torch
+import torch.nn as nn
+
+import common
+from common import Task, refine
+
+PRESETS = {"paper": dict(dim=100, context=100, queries=100, tasks=128, width=256, depth=4, heads=4, latent=256, hidden=512, iters=50_000, lr=3e-4)}
+
+
+def get_args(argv=None):
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument_group("linear regression").add_argument
+    add("--dim", type=common.count, default=16, help="dimension of x")
+    add("--noise", type=common.number(float, 0, strict=True), default=0.5, help="standard deviation of the noise")
+    parser.set_defaults(regime="parametric", steps=5, context=31, queries=32, tasks=64, iters=4000, lr=2e-3)
+    args = common.parse_args(parser, PRESETS, argv)
+    if not args.plot_only and args.state == "softmax":
+        common.fail("--state softmax is for classes; a regression has no softmax")
+    return args
+
+
+# ---------------------------------------------------------------- the task
+
+
+def sample_tasks(B, K, args):
+    """B tasks with K mini-batches. Targets are divided by sqrt(dim), so that all a model sees is of order one."""
+    dim, unit = args.dim, args.dim**-0.5
+    w = torch.randn(B, dim, 1, device=args.device)
+
+    def observe(n):
+        x = torch.randn(B, n, dim, device=args.device)
+        return x, (x @ w + args.noise * torch.randn(B, n, 1, device=args.device)) * unit
+
+    query_x, query_y = observe(args.queries)
+    contexts = [observe(args.context) for _ in range(K)]
+    return Task(torch.stack([x for x, _ in contexts]), torch.stack([y for _, y in contexts]), query_x, query_y)
+
+
+def predictor(w, x):
+    """The fixed predictor of the parametric regime: parameters w (..., dim), inputs x (..., Q, dim) -> (..., Q, 1)."""
+    return x @ w.unsqueeze(-1) * w.shape[-1] ** -0.5
+
+
+def loss(prediction, y):
+    return (prediction - y).square().sum(-1)
+
+
+def make_metric(args):
+    return lambda prediction, y: args.dim * loss(prediction, y)  # in the units of the paper: y = w.x + noise
+
+
+# ---------------------------------------------------------------- training
+
+
+def make_model(args):
+    common.seed_all(common.WEIGHTS, args.seed)
+    extra = dict(predictor=predictor, state_dim=args.dim) if args.regime == "parametric" else {}
+    return common.place(common.REGIMES[args.regime](args, args.dim, 1, loss, **extra), args)
+
+
+def train(model, args):
+    """Greedy training (eqs. 9, 19-22): K losses, their gradients accumulated, one optimizer step."""
+    metric = make_metric(args)
+    optimizer = common.make_optimizer(model, args)
+    journal = common.Journal(model, optimizer, args)
+    model.train()
+    for iteration in journal:
+        common.seed_all(common.TRAINING, args.seed, iteration)
+        common.set_learning_rate(optimizer, iteration, args)
+        task = sample_tasks(args.tasks, args.steps, args)
+        losses = []
+        for prediction in refine(model, task):  # (T, B, Q, 1)
+            step_loss = loss(prediction, task.query_y).mean()
+            (step_loss / args.steps).backward()  # at once: memory does not grow with K
+            losses.append(step_loss.detach())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        journal.log(losses, metric(prediction[-1].detach(), task.query_y).mean())
+    return journal.iteration, journal.seconds
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def ridge(x, y, query_x, noise):
+    """Posterior mean prediction under w ~ N(0, I): x (B, n, dim), y (B, n, 1) -> (B, Q, 1), in the units of x and y."""
+    x, y, dim = x.double(), y.double() * x.shape[-1] ** 0.5, x.shape[-1]
+    w = torch.linalg.solve(x.mT @ x + noise**2 * torch.eye(dim, device=x.device), x.mT @ y)
+    return (query_x.double() @ w * dim**-0.5).float()
+
+
+def evaluate(model, args):
+    """The model after 0 ... 2K fresh mini-batches beside the Bayes-optimal answer to exactly the data seen so far."""
+    metric, ours, oracle, first, nothing = make_metric(args), [], [], [], []
+    for task in common.evaluation_tasks(lambda B: sample_tasks(B, 2 * args.steps, args), args.eval_tasks):
+        ours.append(common.evaluate(model, task, metric))
+        x, y = (c.transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))  # (B, K * N, ...)
+        seen = range(args.context, x.shape[1] + 1, args.context)
+        answers = [ridge(x[:, :n], y[:, :n], task.query_x, args.noise) for n in seen]
+        oracle.append(torch.stack([metric(a, task.query_y).mean(1) for a in answers], 1))
+        first.append(oracle[-1][:, :1])
+        nothing.append(metric(torch.zeros_like(task.query_y), task.query_y).mean(1, keepdim=True))
+    steps = list(range(1, 2 * args.steps + 1))
+    metrics = {"id": common.summary(ours, name="squared error", data=data_name(args))}
+    baselines = {
+        "ridge, all seen": common.summary(oracle, steps),
+        "ridge, first batch": common.summary([f.expand(-1, len(steps)) for f in first], steps),
+        "nothing": common.summary([n.expand(-1, len(steps) + 1) for n in nothing]),
+    }
+    return metrics, {"id": baselines}
+
+
+def data_name(args):
+    return f"linear regression, dim {args.dim}, noise {args.noise:g}"
+
+
+# ---------------------------------------------------------------- main
+
+
+def plot(out):
+    common.plot_steps(out, common.read_results(out, "linreg"), log_scale=True)
+    print(f"plot: {out}/error.png")
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.plot_only:
+        return plot(args.plot_only)
+    model = make_model(args)
+    iterations, seconds = common.trained(args) if args.eval else train(model, args)
+    metrics, baselines = evaluate(model, args)
+    common.write_results(args, model, data_name(args), iterations, seconds, metrics, baselines)
+    plot(args.out)
+
+
+if __name__ == "__main__":
+    main()
