@@ -18,7 +18,7 @@ PRESETS = {"paper": dict(dim=100, context=100, queries=100, tasks=128, width=256
 
 
 def get_args(argv=None):
-    parser = common.make_parser(__doc__)
+    parser = common.make_parser("linreg", __doc__)
     add = parser.add_argument_group("linear regression").add_argument
     add("--dim", type=common.count, default=16, help="dimension of x")
     add("--noise", type=common.number(float, 0, strict=True), default=0.5, help="standard deviation of the noise")
