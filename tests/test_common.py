@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import os
 import weakref
 
 import pytest
@@ -397,11 +398,18 @@ def test_seeds_are_a_function_of_stream_seed_and_index():
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file.json"
-    common.write_json(path := str(path), {"old": 1})
-    with pytest.raises(TypeError):
-        common.write_json(path, {"new": object()})
-    assert open(path).read().split() == ["{", '"old":', "1", "}"]
+    path = tmp_path / "file"
+    common.replace_file(str(path), lambda temporary: common.write_text(temporary, "old"))
+
+    def killed(temporary):
+        common.write_text(temporary, "ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        common.replace_file(str(path), killed)
+    assert path.read_text() == "old"
+    common.replace_file(str(path), lambda temporary: common.write_text(temporary, "new"))
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
 
 
 def test_evaluation_starts_at_the_initial_state_and_averages_over_queries(task):

@@ -184,9 +184,16 @@ def test_resume_goes_on_in_its_own_folder(flags, culprit, finished_copy, capsys)
     refused(capsys, culprit, "linreg", "--resume", finished_copy("linreg"), flags, tiny=False)
 
 
-@pytest.mark.parametrize("flags,culprit", [("--steps 3", "--steps"), ("--out other", "--out"), ("--resume linreg-run", "--resume"), ("--eval nothing.pt", "--eval")])
-def test_plot_only_does_nothing_else(flags, culprit, finished_copy, capsys):
-    refused(capsys, culprit, "linreg", "--plot-only", finished_copy("linreg"), flags, tiny=False)
+@pytest.mark.parametrize("flags", ("--steps 3", "--out other", "--resume linreg-run", "--eval nothing.pt"))
+def test_plot_only_does_nothing_else(flags, finished_copy, capsys):
+    refused(capsys, "--plot-only", "linreg", "--plot-only", finished_copy("linreg"), flags, tiny=False)
+
+
+@pytest.mark.parametrize("flag", ("--out", "--resume", "--eval", "--plot-only"))
+def test_an_empty_path_as_from_an_unset_shell_variable(flag, finished_copy, monkeypatch, capsys):
+    monkeypatch.chdir(finished_copy("linreg"))
+    monkeypatch.setattr("linreg.train", None)
+    refused(capsys, flag, "linreg", f"{flag}=", tiny=False)
 
 
 RESULTS = {
