@@ -17,6 +17,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -300,6 +301,13 @@ def number(kind, low, strict=False):
     return parse
 
 
+def path(text):
+    """An argparse type: a path that is not empty, as one from an unset shell variable would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
 count = number(int, 1)
 
 
@@ -334,11 +342,11 @@ def make_parser(script, doc):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the transformer; states and losses stay in float32")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster on a GPU")
-    add("--out", help="folder for checkpoint, log, results and plots (default: out/<script>-<what differs from the defaults>)")
+    add("--out", type=path, help="folder for checkpoint, log, results and plots (default: out/<script>-<what differs from the defaults>)")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
-    add("--resume", metavar="DIR", help="go on with the run in DIR")
-    add("--eval", metavar="FILE", help="evaluate a checkpoint without training")
-    add("--plot-only", metavar="DIR", help="redraw the plots of the run in DIR from its JSON")
+    add("--resume", type=path, metavar="DIR", help="go on with the run in DIR")
+    add("--eval", type=path, metavar="FILE", help="evaluate a checkpoint without training")
+    add("--plot-only", type=path, metavar="DIR", help="redraw the plots of the run in DIR from its JSON")
     return parser
 
 
@@ -363,15 +371,15 @@ def parse_args(parser, presets, argv=None):
     chosen = defaults | presets.get(given.get("preset"), {}) | given
     checkpoint = None
     if "resume" in given or "eval" in given:
-        path = given.get("eval") or os.path.join(given["resume"], "checkpoint.pt")
-        checkpoint = load_checkpoint(path, script)
+        file = given.get("eval") or os.path.join(given["resume"], "checkpoint.pt")
+        checkpoint = load_checkpoint(file, script)
         trained = checkpoint["args"]
         if set(trained) != set(defaults) - RUNTIME | {"eval_tasks"}:
-            fail(f"{path} was written by another version of {script}.py: its flags are not those of today")
+            fail(f"{file} was written by another version of {script}.py: its flags are not those of today")
         for flag, value in given.items():
             if flag not in RUNTIME and value != trained[flag]:
-                fail(f"--{flag.replace('_', '-')} {value} does not fit {path}, which has {trained[flag]}")
-        # Through the parser once more, as the file may be damaged in ways that only the parser knows to be wrong.
+                fail(f"--{flag.replace('_', '-')} {value} does not fit {file}, which has {trained[flag]}")
+        parser.error = lambda message: fail(f"{file} is damaged: {message}")
         flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in trained.items()]
         chosen = vars(parser.parse_args(flags)) | {flag: value for flag, value in given.items() if flag in RUNTIME}
     args = argparse.Namespace(**chosen, checkpoint=checkpoint)
@@ -482,7 +490,9 @@ def load_checkpoint(path, script):
     if not os.path.isfile(path):
         fail(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises a dozen kinds, and every one means the same to the user
         fail(f"{path} is not a checkpoint of this project, or it is damaged")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):
@@ -536,7 +546,7 @@ class Journal:
             try:
                 optimizer.load_state_dict(args.checkpoint["optimizer"])
                 self.iteration, self.seconds = args.checkpoint["iteration"], args.checkpoint["train_seconds"]
-                self.pending = list(args.checkpoint["pending"])
+                self.pending = [row.to(args.device) for row in args.checkpoint["pending"]]
             except (ValueError, KeyError, AttributeError, TypeError):
                 fail(f"{self.path} is damaged: its optimizer state does not fit")
             rows = [json.dumps(row) + "\n" for row in read_log(args.out) if row["iteration"] <= self.iteration]
@@ -709,7 +719,7 @@ def plot_steps(out, results, log_scale=False):
         ax = axes[0, -1]
         for k in range(K):
             ax.plot([r["iteration"] for r in log], [r["loss"][k] for r in log], color=plt.cm.viridis(k / max(K, 2)), lw=1, label=f"step {k + 1}")
-        ax.set(title="training loss of each step", xlabel="iteration", yscale="log" if log_scale else "linear")
+        ax.set(title="training loss of each step", xlabel="iteration")
         ax.legend(fontsize=7, ncols=2 if K > 5 else 1)
         ax.grid(alpha=0.3)
     signal_used = "" if results["args"]["regime"] == "implicit" else f", {results['args']['signal']}"

@@ -32,7 +32,7 @@ def get_args(argv=None):
     parser = common.make_parser("mnist", __doc__)
     add = parser.add_argument_group("the data").add_argument
     add("--dataset", choices=("auto", "mnist", "fmnist", "glyphs"), default="auto", help="auto: mnist, or drawn digits where it cannot be had")
-    add("--data-dir", default=os.environ.get("IAI_DATA", "data"), help="where torchvision's MNIST/ and FashionMNIST/ lie or go (default: $IAI_DATA or data/)")
+    add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="where torchvision's MNIST/ and FashionMNIST/ lie or go (default: $IAI_DATA or data/)")
     add("--dim", type=common.count, default=100, help="dimension of the random projection")
     parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=32, iters=4000, lr=2e-3)
     return common.parse_args(parser, PRESETS, argv)
@@ -63,14 +63,18 @@ def load_mnist(dataset, folder):
     files = [raw / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     arrays = [read_idx(file) for file in files]
     if any(a is None for a in arrays):
+        made = [f for f in (raw, raw.parent, Path(folder)) if not f.exists()]
         try:
             socket.setdefaulttimeout(20)
             source(folder, download=True)  # from torchvision's mirrors, with checksums
         except (OSError, RuntimeError):
+            for f in made:
+                if f.is_dir() and not any(f.iterdir()):
+                    f.rmdir()
             return None
         arrays = [read_idx(file) for file in files]
     for images, labels in (arrays[:2], arrays[2:]):
-        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() >= CLASSES:
+        if not len(labels) or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() >= CLASSES:
             common.fail(f"{raw} does not hold {len(labels)} images of 28 x 28 with labels 0-9: delete it to download it again")
     return arrays
 
@@ -91,8 +95,8 @@ def draw_glyphs(characters, size, seed):
     drawn = torch.tensor(np.stack(drawn)).float()[:, None]  # (faces * 10, 1, 56, 56)
     g = torch.Generator().manual_seed(seed)
     pick = torch.randint(len(drawn), (size,), generator=g)
-    jitter = 0.2 * torch.randn(size, 2, 2, generator=g)  # stretch, shear and a little rotation
-    shift = 0.1 * torch.randn(size, 2, 1, generator=g)
+    jitter = 0.12 * torch.randn(size, 2, 2, generator=g)  # stretch, shear and a little rotation
+    shift = 0.05 * torch.randn(size, 2, 1, generator=g)
     grid = F.affine_grid(torch.cat([torch.eye(2) + jitter, shift], 2), (size, 1, 28, 28), align_corners=False)
     images = F.grid_sample(drawn[pick], grid, align_corners=False)[:, 0]
     return images.round().byte().numpy(), (pick % CLASSES).byte().numpy()
@@ -119,7 +123,7 @@ def load_images(dataset, args):
 
 
 def load(args):
-    """-> the name of the training dataset, and its images. `auto` says loudly when it falls back to drawn digits."""
+    """-> the images of the training dataset; args.dataset becomes its name. `auto` says loudly when it falls back to drawn digits."""
     dataset = "mnist" if args.dataset == "auto" else args.dataset
     images = load_images(dataset, args)
     if images is None and args.dataset != "auto":
@@ -127,9 +131,13 @@ def load(args):
     if images is None:
         print(f"WARNING: MNIST is not in {args.data_dir} and cannot be downloaded: drawing GLYPHS instead. Nothing below is about MNIST.")
         dataset = "glyphs"
+        if args.out.startswith("out/mnist"):  # a default folder: runs on real data and on drawn digits never share one
+            args.out += "-glyphs"
+            common.check_out(args)
         images = load_images(dataset, args)
     print(f"data {NAMES[dataset]}: {len(images['train'][1])} training images, {len(images['test'][1])} test images")
-    return dataset, images
+    args.dataset = args.description["args"]["dataset"] = dataset  # what --resume and --eval will ask for, without a fallback
+    return images
 
 
 # ---------------------------------------------------------------- the task
@@ -255,17 +263,17 @@ def main(argv=None):
     args = get_args(argv)
     if args.plot_only:
         return plot(args.plot_only)
-    dataset, images = load(args)
+    images = load(args)
+    other = load_images(OTHER[args.dataset], args)  # before training: damaged files should not cost a run
     model = make_model(args)
     iterations, seconds = common.trained(args) if args.eval else train(model, images, args)
     metrics, baselines = {}, {}
-    metrics["id"], baselines["id"] = evaluate(model, images, dataset, args)
-    other = load_images(OTHER[dataset], args)
+    metrics["id"], baselines["id"] = evaluate(model, images, args.dataset, args)
     if other is None:
-        print(f"ood not run: {NAMES[OTHER[dataset]]} is not in {args.data_dir} and cannot be downloaded")
+        print(f"ood not run: {NAMES[OTHER[args.dataset]]} is not in {args.data_dir} and cannot be downloaded")
     else:
-        metrics["ood"], baselines["ood"] = evaluate(model, other, OTHER[dataset], args)
-    common.write_results(args, model, NAMES[dataset], iterations, seconds, metrics, baselines)
+        metrics["ood"], baselines["ood"] = evaluate(model, other, OTHER[args.dataset], args)
+    common.write_results(args, model, NAMES[args.dataset], iterations, seconds, metrics, baselines)
     plot(args.out)
 
 
