@@ -70,8 +70,9 @@ def small_data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Every test works in an empty folder of its own."""
+    """Every test works in an empty folder of its own and draws the same numbers whichever tests ran before."""
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
