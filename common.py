@@ -711,17 +711,23 @@ def plot_steps(out, results, log_scale=False):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by the colour-blind too
     metrics, log, K = results["metrics"], read_log(out), results["args"]["steps"]
     fig, axes = plt.subplots(1, len(metrics) + bool(log), figsize=(4.6 * (len(metrics) + bool(log)), 3.8), squeeze=False)
     for ax, (split, m) in zip(axes[0], metrics.items()):
-        ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color="C0", lw=2, capsize=3, label="this model", zorder=3)
+        ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label="this model", zorder=3)
         for i, (name, b) in enumerate(results["baselines"].get(split, {}).items(), 1):
-            ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=f"C{i}", label=name)
+            ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=colors[i], label=name)
         ax.axvline(K, color="0.7", lw=1, zorder=0)
         ax.text(K, 0.985, " trained up to here", transform=ax.get_xaxis_transform(), fontsize=7, color="0.4", va="top")
-        ax.set(title=f"{'in distribution' if split == 'id' else 'out of distribution'}: {m['data']}", xlabel="mini-batches seen", ylabel=m["name"])
-        ax.set_yscale("log" if log_scale else "linear")
+        ax.set(title=("in" if split == "id" else "out of") + f" distribution: {m['data']}", xlabel="mini-batches seen", ylabel=m["name"])
+        if log_scale:
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
     if log:
@@ -731,8 +737,9 @@ def plot_steps(out, results, log_scale=False):
         ax.set(title="training loss of each step", xlabel="iteration")
         ax.legend(fontsize=7, ncols=2 if K > 5 else 1)
         ax.grid(alpha=0.3)
-    signal_used = "" if results["args"]["regime"] == "implicit" else f", {results['args']['signal']}"
-    fig.suptitle(f"{results['script']} on {results['data']}: {results['args']['regime']}{signal_used}, {results['iterations']} iterations, seed {results['seed']}")
+    args = results["args"]
+    kind = args["regime"] if args["regime"] == "implicit" else f"{args['regime']}, signal {args['signal']}"
+    fig.suptitle(f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}", fontsize=11)
     fig.tight_layout()
     replace_file(os.path.join(out, "error.png"), lambda path: fig.savefig(path, dpi=130, format="png"))
     plt.close(fig)
