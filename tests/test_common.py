@@ -169,7 +169,7 @@ def test_a_state_of_several_latent_tokens_uses_them_all(task):
 def copied(block):
     """PyTorch's own pre-norm layer with the weights of ours."""
     width = block.norm1.normalized_shape[0]
-    layer = nn.TransformerEncoderLayer(width, block.heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+    layer = nn.TransformerEncoderLayer(width, block.heads, block.mlp[0].out_features, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
     with torch.no_grad():
         layer.self_attn.in_proj_weight.copy_(torch.cat([block.query.weight, block.key_value.weight]))
         layer.self_attn.in_proj_bias.copy_(torch.cat([block.query.bias, block.key_value.bias]))
