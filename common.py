@@ -399,6 +399,7 @@ def parse_args(parser, presets, argv=None):
     args.device, args.dtype, reason = pick_device(args.device, args.dtype)
     changed = [f"{flag}_{value}" for flag, value in sorted(given.items()) if value != defaults[flag] and flag not in RUNTIME]
     beside = os.path.join(os.path.dirname(args.eval or ""), "eval")
+    args.out_given = bool(args.out)
     args.out = args.resume or args.out or (beside if args.eval else "out/" + "-".join([script, *changed]))
     check_out(args)
     args.description = {
