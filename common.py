@@ -721,8 +721,7 @@ def plot_steps(out, results, log_scale=False):
         ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label="this model", zorder=3)
         for i, (name, b) in enumerate(results["baselines"].get(split, {}).items(), 1):
             ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=colors[i], label=name)
-        ax.axvline(K, color="0.7", lw=1, zorder=0)
-        ax.text(K, 0.02, " trained up to here", transform=ax.get_xaxis_transform(), fontsize=7, color="0.4", rotation=90, ha="right")
+        ax.axvline(K, color="0.7", lw=1, zorder=0, label="trained up to here")
         ax.set(title=("in" if split == "id" else "out of") + f" distribution: {m['data']}", xlabel="mini-batches seen", ylabel=m["name"])
         if log_scale:
             ax.set_yscale("log")
