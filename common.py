@@ -17,11 +17,13 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 # A batch of tasks: context_x (K, B, N, X), context_y (K, B, N, Y), query_x (B, Q, X), query_y (B, Q, Y).
 # Targets are always vectors: one number for regression, one-hot for classes.
@@ -58,6 +60,8 @@ class Block(nn.Module):
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        with torch.no_grad():  # start from attention by similarity: it shortens the plateau of in-context learning
+            self.key_value.weight[:width] = self.query.weight
 
     def split(self, x):
         B, S, C = x.shape
@@ -297,12 +301,19 @@ def number(kind, low, strict=False):
     return parse
 
 
+def path(text):
+    """An argparse type: a path that is not empty, as one from an unset shell variable would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
 count = number(int, 1)
 
 
-def make_parser(doc):
-    """The flags that all scripts share; a script adds its own and calls `set_defaults`."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def make_parser(script, doc):
+    """The flags that all scripts share; a script adds its own and sets the defaults that are missing here."""
+    parser = Parser(prog=f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("the method").add_argument
     add("--regime", choices=REGIMES, help="what persists between steps: weights, a latent, or each query's prediction")
     add("--steps", type=count, help="K, refinement steps; each sees a fresh mini-batch")
@@ -310,9 +321,9 @@ def make_parser(doc):
     add("--mask", choices=("causal", "none"), default="causal", help="causal: all context sizes in one pass; none: one random size a step")
     add("--history", type=count, default=1, help="H, how many of the last states (and gradients) the model sees")
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
-    add("--carry", choices=("full", "random"), default="full", help="the prefix whose state goes to the next step in training (parametric, explicit)")
+    add("--carry", choices=("full", "random"), default="full", help="the prefix whose state goes to the next step in training (causal parametric, explicit)")
     add("--latent", type=count, default=64, help="numbers in a latent token of the explicit regime")
-    add("--latent-tokens", type=count, default=1, help="latent tokens of the explicit regime, for --mask none")
+    add("--latent-tokens", type=count, default=1, help="latent tokens of the explicit regime under --mask none")
     add("--hidden", type=count, default=64, help="width of the explicit regime's trained MLP")
     add = parser.add_argument_group("the transformer").add_argument
     add("--width", type=count, default=64, help="D, numbers in a token")
@@ -320,7 +331,7 @@ def make_parser(doc):
     add("--heads", type=count, default=2, help="attention heads; they divide the width")
     add = parser.add_argument_group("training and evaluation").add_argument
     add("--context", type=count, help="N, observations in a mini-batch")
-    add("--queries", type=count, help="Q, held-out observations a task is scored on")
+    add("--queries", type=count, help="Q, held-out observations that a task is scored on")
     add("--tasks", type=count, help="B, tasks per optimizer step")
     add("--iters", type=count, help="optimizer steps")
     add("--lr", type=number(float, 0, strict=True), help="peak learning rate (warm-up, then cosine)")
@@ -331,48 +342,60 @@ def make_parser(doc):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the transformer; states and losses stay in float32")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster on a GPU")
-    add("--out", help="folder for checkpoint, log, results and plots (default: out/<script>-<what differs from the defaults>)")
+    add("--out", type=path, help="folder for checkpoint, log, results and plots (default: out/<script>-<what differs from the defaults>)")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
-    add("--resume", metavar="DIR", help="go on with the run in DIR")
-    add("--eval", metavar="FILE", help="evaluate a checkpoint without training")
-    add("--plot-only", metavar="DIR", help="redraw the plots of the run in DIR from its JSON")
+    add("--resume", type=path, metavar="DIR", help="go on with the run in DIR")
+    add("--eval", type=path, metavar="FILE", help="evaluate a checkpoint without training")
+    add("--plot-only", type=path, metavar="DIR", help="redraw the plots of the run in DIR from its JSON")
     return parser
 
 
-# Flags that say where and how to run, not what: they are no part of a run's name and may change when it is resumed.
-RUNTIME = ("device", "dtype", "compile", "out", "overwrite", "resume", "eval", "plot_only", "data_dir", "eval_tasks")
+# Flags that say where and how to run, not what: no part of a run's name, and free to change when it is resumed.
+RUNTIME = {"device", "dtype", "compile", "out", "overwrite", "resume", "eval", "plot_only", "data_dir", "eval_tasks"}
 
 
 def parse_args(parser, presets, argv=None):
-    """Reads the flags, then checks all that can be checked before any work. Exits with code 2 and one line if it fails.
+    """Reads the flags and checks all that can be checked before any work. Exits with code 2 and one line if it fails.
 
-    Returns args; args.checkpoint holds what --resume or --eval loaded, else None.
+    args.checkpoint holds what --resume or --eval loaded, else None; args.description what the run is, for its files.
     """
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
-    script = parser.prog.removesuffix(".py")
-    unset = {action.dest: None for action in parser._actions}
-    given = {k: v for k, v in vars(parser.parse_args(argv, argparse.Namespace(**unset))).items() if v is not None}
+    argv, script = sys.argv[1:] if argv is None else argv, parser.prog.removesuffix(".py")
+    unset = argparse.Namespace(**{action.dest: None for action in parser._actions})
+    given = {flag: value for flag, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+    if "plot_only" in given and len(given) > 1:
+        fail("--plot-only DIR only redraws: give it alone")
+    if "resume" in given and given.keys() & {"eval", "out", "overwrite"}:
+        fail("--resume DIR goes on in DIR, with the same flags: drop --eval, --out and --overwrite")
     defaults = vars(parser.parse_args([]))
-    args = argparse.Namespace(**(defaults | presets.get(given.get("preset"), {}) | given), checkpoint=None)
+    chosen = defaults | presets.get(given.get("preset"), {}) | given
+    checkpoint = None
+    if "resume" in given or "eval" in given:
+        file = given.get("eval") or os.path.join(given["resume"], "checkpoint.pt")
+        checkpoint = load_checkpoint(file, script)
+        trained = checkpoint["args"]
+        if set(trained) != set(defaults) - RUNTIME | {"eval_tasks"}:
+            fail(f"{file} was written by another version of {script}.py: its flags are not those of today")
+        for flag, value in given.items():
+            if flag not in RUNTIME and value != trained[flag]:
+                fail(f"--{flag.replace('_', '-')} {value} does not fit {file}, which has {trained[flag]}")
+        parser.error = lambda message: fail(f"{file} is damaged: {message}")
+        flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in trained.items()]
+        chosen = vars(parser.parse_args(flags)) | {flag: value for flag, value in given.items() if flag in RUNTIME}
+    args = argparse.Namespace(**chosen, checkpoint=checkpoint)
     if args.plot_only:
         return args
-    if args.resume and args.eval:
-        fail("--resume trains on and --eval does not train: give one of them")
-    if args.resume or args.eval:
-        args.checkpoint = load_checkpoint(args.eval or os.path.join(args.resume, "checkpoint.pt"), script)
-        trained = args.checkpoint["args"]
-        for flag, value in given.items():
-            if flag not in RUNTIME and value != trained.get(flag):
-                fail(f"--{flag.replace('_', '-')} {value} does not fit the checkpoint, which has {trained.get(flag)}")
-        runtime = {k: v for k, v in vars(args).items() if k in RUNTIME or k == "checkpoint"}
-        if "eval_tasks" not in given:
-            runtime["eval_tasks"] = trained["eval_tasks"]
-        args = argparse.Namespace(**(trained | runtime))
     check(args, given)
     args.device, args.dtype, reason = pick_device(args.device, args.dtype)
-    print(f"device {args.device}, dtype {args.dtype} ({reason}), {torch.get_num_threads()} threads")
-    args.out = make_out(args, script, {k: v for k, v in given.items() if v != defaults[k]})
-    args.script, args.command = script, shlex.join(["python", *sys.argv]) if argv is None else f"{script} (in a test)"
+    changed = [f"{flag}_{value}" for flag, value in sorted(given.items()) if value != defaults[flag] and flag not in RUNTIME]
+    beside = os.path.join(os.path.dirname(args.eval or ""), "eval")
+    args.out = args.resume or args.out or (beside if args.eval else "out/" + "-".join([script, *changed]))
+    check_out(args)
+    args.description = {
+        "command": shlex.join(["python", f"{script}.py", *argv]), "script": script,
+        "args": {flag: value for flag, value in chosen.items() if flag not in RUNTIME or flag == "eval_tasks"},
+    }  # fmt: skip
+    print(f"device {args.device}, dtype {args.dtype} ({reason}), {torch.get_num_threads()} threads; writes to {args.out}")
     return args
 
 
@@ -398,37 +421,33 @@ def pick_device(device, dtype):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device)
+        kind = torch.zeros(1, device=device).device.type
+        assert kind in ("cpu", "cuda", "mps")
     except (RuntimeError, AssertionError, NotImplementedError):
         fail(f"--device {device}: this machine (or this build of torch) does not have it")
     # torch.cuda.is_bf16_supported() is true on chips that only emulate bfloat16: ask for the hardware generation.
-    native = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    native = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if dtype == "auto":
-        reason = "native on this chip" if native else "bfloat16 would not be faster here"
-        return device, "bfloat16" if native else "float32", reason
-    if dtype == "bfloat16" and torch.device(device).type == "cuda" and not native:
+        return device, "bfloat16" if native else "float32", "native on this chip" if native else "bfloat16 would not be faster here"
+    if dtype == "bfloat16" and kind == "cuda" and not native:
         fail("--dtype bfloat16: this GPU only emulates it; use float32")
     return device, dtype, "as asked"
 
 
-def make_out(args, script, changed):
-    """The folder of this run, made and found writable; refuses one that holds another run."""
-    name = "-".join([script] + [f"{k}_{v}" for k, v in sorted(changed.items()) if k not in RUNTIME])
-    out = args.resume or args.out or (os.path.join(os.path.dirname(args.eval), "eval") if args.eval else f"out/{name}")
-    held = [f for f in ("checkpoint.pt", "log.jsonl", "results.json") if os.path.exists(os.path.join(out, f))]
-    if held and not args.resume and not args.overwrite:
-        fail(f"{out} already holds a run: --resume {out} to go on, --overwrite to replace it, or another --out")
-    try:
-        os.makedirs(out, exist_ok=True)
-        with open(os.path.join(out, ".probe"), "w"):
-            pass
-        os.remove(os.path.join(out, ".probe"))
-    except OSError as error:
-        fail(f"cannot write to --out {out}: {error.strerror}")
-    if not args.resume:
-        for f in held:
-            os.remove(os.path.join(out, f))
-    return out
+RUN_FILES = ("checkpoint.pt", "log.jsonl", "results.json", "error.png")
+
+
+def check_out(args):
+    """Refuses a folder that cannot be written or that holds another run; makes nothing yet."""
+    if args.eval and os.path.realpath(args.out) == os.path.realpath(os.path.dirname(args.eval) or "."):
+        fail(f"--out {args.out} is the run that --eval reads: give another folder")
+    if not (args.resume or args.overwrite) and any(os.path.exists(os.path.join(args.out, f)) for f in RUN_FILES):
+        fail(f"{args.out} already holds a run: --resume {args.out} to go on, --overwrite to replace it, or another --out")
+    existing = os.path.abspath(args.out)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+        fail(f"cannot write to --out {args.out}: {existing} is not a folder that may be written")
 
 
 # ---------------------------------------------------------------- files, seeds, the training journal
@@ -448,23 +467,35 @@ def replace_file(path, write):
     os.replace(path + ".tmp", path)
 
 
-def write_json(path, content):
-    def write(temporary):
-        with open(temporary, "w") as f:
-            json.dump(content, f, indent=1)
+def write_text(path, text, mode="w"):
+    with open(path, mode) as f:
+        f.write(text)
 
-    replace_file(path, write)
+
+def read_log(out):
+    """The rows of log.jsonl; a last line that a kill cut short is left out."""
+    path = os.path.join(out, "log.jsonl")
+    try:
+        with open(path) as f:
+            return [json.loads(line) for line in f if line.endswith("\n")]
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        fail(f"{path} is damaged")
 
 
 def load_checkpoint(path, script):
     """A dict of tensors and primitives; loading runs no code of the file."""
+    kinds = {"script": str, "args": dict, "iteration": int, "train_seconds": float, "model": dict, "optimizer": dict}
     if not os.path.isfile(path):
         fail(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises a dozen kinds, and every one means the same to the user
         fail(f"{path} is not a checkpoint of this project, or it is damaged")
-    if not isinstance(checkpoint, dict) or not {"script", "args", "model", "optimizer", "iteration"} <= set(checkpoint):
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):
         fail(f"{path} is not a checkpoint of this project")
     if checkpoint["script"] != script:
         fail(f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py")
@@ -472,12 +503,12 @@ def load_checkpoint(path, script):
 
 
 def place(model, args):
-    """The model on its device, in its dtype, with the checkpoint's weights if there are any."""
+    """The model on its device and in its dtype, with the checkpoint's weights if there are any."""
     if args.checkpoint:
         try:
             model.load_state_dict(args.checkpoint["model"])
-        except (RuntimeError, KeyError, AttributeError):
-            fail("the checkpoint's weights do not fit the model that its arguments describe")
+        except (RuntimeError, KeyError, AttributeError, TypeError):
+            fail("the checkpoint's weights do not fit the model that its flags describe")
     model.to(args.device).transformer.dtype = getattr(torch, args.dtype)
     if args.compile:
         for block in model.transformer.blocks:
@@ -497,34 +528,40 @@ def set_learning_rate(optimizer, iteration, args):
         group["lr"] = args.lr * scale
 
 
-def trained(args):
-    """Iterations and seconds of training behind the checkpoint of --eval."""
-    return args.checkpoint["iteration"], args.checkpoint["train_seconds"]
-
-
 class Journal:
     """Iterates over a run's optimizer steps: progress bar, log.jsonl, checkpoint.pt, Ctrl-C. Knows nothing of training.
 
-        for iteration in journal:
-            ...
-            journal.log(losses, metric)
+    for iteration in journal:
+        ...
+        journal.log(losses, metric)
     """
 
-    every, save_seconds = 50, 60
+    every, save_seconds = 50, 60  # iterations between rows of the log, seconds between checkpoints
 
     def __init__(self, model, optimizer, args):
         self.model, self.optimizer, self.args = model, optimizer, args
         self.iteration, self.seconds, self.pending, self.stop = 0, 0.0, [], False
-        self.path = os.path.join(args.out, "checkpoint.pt")
+        self.path, self.log_path = (os.path.join(args.out, f) for f in ("checkpoint.pt", "log.jsonl"))
         if args.checkpoint:
-            optimizer.load_state_dict(args.checkpoint["optimizer"])
-            self.iteration, self.seconds = args.checkpoint["iteration"], args.checkpoint["train_seconds"]
-            rows = [row for row in read_log(args.out) if row["iteration"] <= self.iteration]
-            replace_file(os.path.join(args.out, "log.jsonl"), lambda path: write_rows(path, "w", rows))
+            try:
+                optimizer.load_state_dict(args.checkpoint["optimizer"])
+                self.iteration, self.seconds = args.checkpoint["iteration"], args.checkpoint["train_seconds"]
+                self.pending = [row.to(args.device) for row in args.checkpoint["pending"]]
+            except (ValueError, KeyError, AttributeError, TypeError):
+                fail(f"{self.path} is damaged: its optimizer state does not fit")
+            rows = [json.dumps(row) + "\n" for row in read_log(args.out) if row["iteration"] <= self.iteration]
+            replace_file(self.log_path, lambda path: write_text(path, "".join(rows)))
+            return
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            for name in RUN_FILES:  # of the run that --overwrite replaces
+                if os.path.exists(os.path.join(args.out, name)):
+                    os.remove(os.path.join(args.out, name))
+        except OSError as error:
+            fail(f"cannot write to --out {args.out}: {error.strerror}")
+        self.save()
 
     def __iter__(self):
-        from tqdm import tqdm
-
         previous = signal.signal(signal.SIGINT, self.interrupt)
         start, saved, before = time.time(), time.time(), self.seconds
         self.bar = tqdm(total=self.args.iters, initial=self.iteration, unit="it", dynamic_ncols=True)
@@ -553,42 +590,39 @@ class Journal:
         """losses: K tensors, one per refinement step; metric: a tensor. Fetched from the device only now and then."""
         self.pending.append(torch.stack([*losses, metric]))
 
-    def flush(self):
-        if not self.pending:
-            return
-        values, self.pending = torch.stack(self.pending).cpu(), []
-        bad = (~values[:, :-1].isfinite().all(1)).nonzero().flatten()
-        if len(bad):
-            step = self.iteration - len(values) + int(bad[0])
+    def check_finite(self):
+        """Ends the run before a bad loss or a bad weight can replace the last good checkpoint."""
+        if self.pending:
+            bad = (~torch.stack(self.pending).isfinite().all(1)).nonzero().flatten().tolist()
+            if bad:
+                self.bar.close()
+                at = self.iteration - len(self.pending) + bad[0] + 1
+                fail(f"the loss is not finite at iteration {at}; {self.path} holds the last good state (a lower --lr may help)")
+        if not all(p.isfinite().all() for p in self.model.parameters()):
             self.bar.close()
-            fail(f"the loss is not finite at iteration {step}; the checkpoint before it is kept (lower --lr?)")
-        *losses, metric = values.mean(0).tolist()
+            fail(f"weights are not finite after iteration {self.iteration}; {self.path} holds the last good state (a lower --lr may help)")
+
+    def flush(self):
+        self.check_finite()
+        *losses, metric = torch.stack(self.pending).mean(0).tolist()
+        self.pending = []
         lr = self.optimizer.param_groups[0]["lr"]
         row = {"iteration": self.iteration, "loss": losses, "metric": metric, "lr": lr, "seconds": round(self.seconds, 2)}
-        write_rows(os.path.join(self.args.out, "log.jsonl"), "a", [row])
+        write_text(self.log_path, json.dumps(row) + "\n", "a")
         self.bar.set_postfix_str(f"loss {losses[-1]:.4f} metric {metric:.3g}")
 
     def save(self):
-        self.flush()
-        args = {k: v for k, v in vars(self.args).items() if k not in RUNTIME + ("checkpoint", "command", "script")}
+        self.check_finite()
         content = {
-            "script": self.args.script, "args": args | {"eval_tasks": self.args.eval_tasks}, "iteration": self.iteration,
-            "train_seconds": self.seconds, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "script": self.args.description["script"], "args": self.args.description["args"], "iteration": self.iteration,
+            "train_seconds": self.seconds, "pending": self.pending, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
         replace_file(self.path, lambda path: torch.save(content, path))
 
 
-def write_rows(path, mode, rows):
-    with open(path, mode) as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def read_log(out):
-    path = os.path.join(out, "log.jsonl")
-    if not os.path.exists(path):
-        return []
-    with open(path) as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]
+def trained(args):
+    """Iterations and seconds of training behind the checkpoint of --eval."""
+    return args.checkpoint["iteration"], args.checkpoint["train_seconds"]
 
 
 # ---------------------------------------------------------------- evaluation, results, plot
@@ -631,9 +665,7 @@ def machine():
 
 def write_results(args, model, data, iterations, seconds, metrics, baselines):
     """Prints one line per evaluation and writes results.json."""
-    results = {
-        "command": args.command, "script": args.script,
-        "args": {k: v for k, v in vars(args).items() if k not in ("checkpoint", "command", "script")},
+    results = args.description | {
         "data": data, "device": args.device, "machine": machine(), "dtype": args.dtype,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed,
         "parameters": sum(p.numel() for p in model.parameters()), "iterations": iterations,
@@ -645,21 +677,23 @@ def write_results(args, model, data, iterations, seconds, metrics, baselines):
             beside = ", ".join(f"{name} {b['mean'][b['steps'].index(step)]:.3f}" for name, b in rows)
             note = " (past training)" if step > args.steps else ""
             print(f"{split} {m['data']} step {step}: {m['name']} {mean:.3f} +- {stderr:.3f}{note}" + (f" | {beside}" if beside else ""))
-    write_json(os.path.join(args.out, "results.json"), results)
-    return results
+    os.makedirs(args.out, exist_ok=True)
+    replace_file(os.path.join(args.out, "results.json"), lambda path: write_text(path, json.dumps(results, indent=1)))
 
 
 def read_results(out, script):
+    path = os.path.join(out, "results.json")
     try:
-        with open(os.path.join(out, "results.json")) as f:
+        with open(path) as f:
             results = json.load(f)
-        if results["script"] != script:
-            fail(f"{out} holds a run of {results['script']}.py, not of {script}.py")
-        return results
+        found = results["script"], results["metrics"], results["baselines"], results["args"]
     except OSError:
         fail(f"no results.json in {out}")
     except (ValueError, KeyError, TypeError):
-        fail(f"{out}/results.json is damaged")
+        fail(f"{path} is damaged")
+    if found[0] != script:
+        fail(f"{out} holds a run of {found[0]}.py, not of {script}.py")
+    return results
 
 
 def plot_steps(out, results, log_scale=False):
@@ -685,7 +719,7 @@ def plot_steps(out, results, log_scale=False):
         ax = axes[0, -1]
         for k in range(K):
             ax.plot([r["iteration"] for r in log], [r["loss"][k] for r in log], color=plt.cm.viridis(k / max(K, 2)), lw=1, label=f"step {k + 1}")
-        ax.set(title="training loss of each step", xlabel="iteration", yscale="log" if log_scale else "linear")
+        ax.set(title="training loss of each step", xlabel="iteration")
         ax.legend(fontsize=7, ncols=2 if K > 5 else 1)
         ax.grid(alpha=0.3)
     signal_used = "" if results["args"]["regime"] == "implicit" else f", {results['args']['signal']}"

@@ -1,0 +1,281 @@
+"""MNIST and FashionMNIST under random projections and random labels, classified in context (sec. 9.2; tables 2, 3 and 4).
+
+A task is a random matrix A, 784 -> `--dim`, and a random function from the ten classes to ten labels, which may merge
+classes and never splits one: x = A image, y = label. Context from the training images, queries from the test images.
+Out of distribution: the other dataset. The metric is the error in %; guessing costs 90, the majority label about 74.
+
+    python mnist.py --regime implicit --steps 5     # the main job
+    python mnist.py --regime parametric --signal both
+    python mnist.py --dataset fmnist
+"""
+
+import gzip
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+from common import Task, refine
+
+CLASSES = 10
+OTHER = {"mnist": "fmnist", "fmnist": "mnist", "glyphs": "letters"}  # what each dataset is tested on out of distribution
+NAMES = {"mnist": "MNIST", "fmnist": "FashionMNIST", "glyphs": "glyphs (drawn digits, not MNIST)", "letters": "glyphs (drawn letters A-J)"}
+PRESETS = {"paper": dict(context=100, queries=100, tasks=128, width=256, depth=4, heads=4, latent=256, hidden=512, iters=50_000, lr=3e-4)}
+
+
+def get_args(argv=None):
+    parser = common.make_parser("mnist", __doc__)
+    add = parser.add_argument_group("the data").add_argument
+    add("--dataset", choices=("auto", "mnist", "fmnist", "glyphs"), default="auto", help="auto: mnist, or drawn digits where it cannot be had")
+    add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="where torchvision's MNIST/ and FashionMNIST/ lie or go (default: $IAI_DATA or data/)")
+    add("--dim", type=common.count, default=100, help="dimension of the random projection")
+    parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=32, iters=4000, lr=2e-3)
+    return common.parse_args(parser, PRESETS, argv)
+
+
+# ---------------------------------------------------------------- the data
+
+
+def read_idx(path):
+    """An IDX file (plain, or .gz beside it) as a uint8 array; None if there is none. Exits if it is damaged."""
+    packed = path.with_name(path.name + ".gz")
+    if not path.exists() and not packed.exists():
+        return None
+    try:
+        raw = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+        shape = np.frombuffer(raw, ">i4", raw[3], 4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError, gzip.zlib.error):
+        common.fail(f"{path} is damaged: delete it (and its .gz) to download it again")
+
+
+def load_mnist(dataset, folder):
+    """-> train images, train labels, test images, test labels as uint8 arrays, or None where they cannot be had."""
+    from torchvision import datasets
+
+    source = datasets.MNIST if dataset == "mnist" else datasets.FashionMNIST
+    raw = Path(folder) / source.__name__ / "raw"
+    files = [raw / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    arrays = [read_idx(file) for file in files]
+    if any(a is None for a in arrays):
+        made = [f for f in (raw, raw.parent, Path(folder)) if not f.exists()]
+        try:
+            socket.setdefaulttimeout(20)
+            source(folder, download=True)  # from torchvision's mirrors, with checksums
+        except (OSError, RuntimeError):
+            for f in made:
+                if f.is_dir() and not any(f.iterdir()):
+                    f.rmdir()
+            return None
+        arrays = [read_idx(file) for file in files]
+    for images, labels in (arrays[:2], arrays[2:]):
+        if not len(labels) or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() >= CLASSES:
+            common.fail(f"{raw} does not hold {len(labels)} images of 28 x 28 with labels 0-9: delete it to download it again")
+    return arrays
+
+
+def draw_glyphs(characters, size, seed):
+    """`size` images (size, 28, 28) of the ten characters in the fonts that matplotlib ships, randomly distorted, and labels."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    faces = sorted(p for stem in ("DejaVuS", "STIXGeneral", "cmb", "cmr", "cmss", "cmtt") for p in fonts.glob(f"{stem}*.ttf") if "Display" not in p.name)
+    drawn = []
+    for face in faces:
+        for character in characters:
+            image = Image.new("L", (56, 56))
+            ImageDraw.Draw(image).text((28, 28), character, fill=255, font=ImageFont.truetype(str(face), 40), anchor="mm")
+            drawn.append(np.asarray(image))
+    drawn = torch.tensor(np.stack(drawn)).float()[:, None]  # (faces * 10, 1, 56, 56)
+    g = torch.Generator().manual_seed(seed)
+    pick = torch.randint(len(drawn), (size,), generator=g)
+    jitter = 0.12 * torch.randn(size, 2, 2, generator=g)  # stretch, shear and a little rotation
+    shift = 0.05 * torch.randn(size, 2, 1, generator=g)
+    grid = F.affine_grid(torch.cat([torch.eye(2) + jitter, shift], 2), (size, 1, 28, 28), align_corners=False)
+    images = F.grid_sample(drawn[pick], grid, align_corners=False)[:, 0]
+    return images.round().byte().numpy(), (pick % CLASSES).byte().numpy()
+
+
+def load_images(dataset, args):
+    """-> {"train": (images (n, 784), labels (n,)), "test": ...} on the device, or None where the data cannot be had.
+
+    Images are centred on the mean training image and divided by one number, such that a projection by a unit normal
+    matrix has unit variance: the paper's A, with inputs of order one.
+    """
+    if dataset in ("mnist", "fmnist"):
+        arrays = load_mnist(dataset, args.data_dir)
+        if arrays is None:
+            return None
+    else:
+        characters = "0123456789" if dataset == "glyphs" else "ABCDEFGHIJ"
+        arrays = [*draw_glyphs(characters, 20_000, seed=1), *draw_glyphs(characters, 5_000, seed=2)]
+    images, labels, test_images, test_labels = (torch.tensor(a, device=args.device) for a in arrays)
+    train, test = images.flatten(1).float(), test_images.flatten(1).float()
+    mean = train.mean(0)
+    scale = (train - mean).square().sum(1).mean().sqrt()
+    return {"train": ((train - mean) / scale, labels.long()), "test": ((test - mean) / scale, test_labels.long())}
+
+
+def load(args):
+    """-> the images of the training dataset; args.dataset becomes its name. `auto` says loudly when it falls back to drawn digits."""
+    dataset = "mnist" if args.dataset == "auto" else args.dataset
+    images = load_images(dataset, args)
+    if images is None and args.dataset != "auto":
+        common.fail(f"{NAMES[dataset]} is not in {args.data_dir} and cannot be downloaded; give its folder with --data-dir or IAI_DATA")
+    if images is None:
+        print(f"WARNING: MNIST is not in {args.data_dir} and cannot be downloaded: drawing GLYPHS instead. Nothing below is about MNIST.")
+        dataset = "glyphs"
+        if args.out.startswith("out/mnist"):  # a default folder: runs on real data and on drawn digits never share one
+            args.out += "-glyphs"
+            common.check_out(args)
+        images = load_images(dataset, args)
+    print(f"data {NAMES[dataset]}: {len(images['train'][1])} training images, {len(images['test'][1])} test images")
+    args.dataset = args.description["args"]["dataset"] = dataset  # what --resume and --eval will ask for, without a fallback
+    return images
+
+
+# ---------------------------------------------------------------- the task
+
+
+def sample_tasks(images, B, K, args):
+    """B tasks with K mini-batches: a projection and a relabelling each, context from training and queries from test images."""
+    projection = torch.randn(B, 784, args.dim, device=args.device)
+    relabel = torch.randint(CLASSES, (B, CLASSES), device=args.device)  # a random function: merges, never splits
+
+    def pick(split, n):
+        pixels, labels = images[split]
+        index = torch.randint(len(labels), (B, n), device=args.device)
+        return pixels[index], relabel.gather(1, labels[index])  # (B, n, 784), (B, n)
+
+    parts = [pick("test", args.queries)] + [pick("train", args.context) for _ in range(K)]
+    x = torch.cat([pixels for pixels, _ in parts], 1) @ projection  # one product for the whole task
+    y = F.one_hot(torch.cat([labels for _, labels in parts], 1), CLASSES).float()
+    Q = args.queries
+    context_x, context_y = (c[:, Q:].unflatten(1, (K, -1)).transpose(0, 1) for c in (x, y))  # (K, B, N, ...)
+    return Task(context_x, context_y, x[:, :Q], y[:, :Q])
+
+
+def predictor(parameters, x):
+    """The fixed linear softmax predictor of the parametric regime: (..., (dim + 1) * 10), x (..., Q, dim) -> logits (..., Q, 10)."""
+    dim = x.shape[-1]
+    w = parameters.unflatten(-1, (dim + 1, CLASSES))
+    return torch.einsum("...qd,...dc->...qc", x, w[..., :dim, :]) * dim**-0.5 + w[..., dim:, :]
+
+
+def loss(logits, y):
+    return -(y * logits.log_softmax(-1)).sum(-1)
+
+
+def error(logits, y):
+    return 100.0 * (logits.argmax(-1) != y.argmax(-1)).float()
+
+
+# ---------------------------------------------------------------- training
+
+
+def make_model(args):
+    common.seed_all(common.WEIGHTS, args.seed)
+    extra = dict(predictor=predictor, state_dim=(args.dim + 1) * CLASSES) if args.regime == "parametric" else {}
+    return common.place(common.REGIMES[args.regime](args, args.dim, CLASSES, loss, **extra), args)
+
+
+def train(model, images, args):
+    """Greedy training (eqs. 9, 19-22): K losses, their gradients accumulated, one optimizer step."""
+    optimizer = common.make_optimizer(model, args)
+    journal = common.Journal(model, optimizer, args)
+    model.train()
+    for iteration in journal:
+        common.seed_all(common.TRAINING, args.seed, iteration)
+        common.set_learning_rate(optimizer, iteration, args)
+        task = sample_tasks(images, args.tasks, args.steps, args)
+        losses = []
+        for prediction in refine(model, task):  # (T, B, Q, 10)
+            step_loss = loss(prediction, task.query_y).mean()
+            (step_loss / args.steps).backward()  # at once: memory does not grow with K
+            losses.append(step_loss.detach())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        journal.log(losses, error(prediction[-1].detach(), task.query_y).mean())
+    return journal.iteration, journal.seconds
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def logistic_regression(x, y, w, prior=0.1, iterations=300):
+    """Softmax regression of B tasks at once: x (B, n, dim), one-hot y (B, n, 10), start w (B, dim + 1, 10) -> w.
+
+    Minimizes mean cross-entropy + prior / n |w|^2 / 2 (the posterior mode under a normal prior, picked on separate
+    tasks) by Nesterov's method with the step that the curvature allows.
+    """
+    x = F.pad(x, (0, 1), value=1.0)
+    n = x.shape[1]
+    curvature = 0.5 * torch.linalg.matrix_norm(x, 2).square() / n + prior / n  # (B,), bounds the Hessian
+    look = w
+    for i in range(iterations):
+        gradient = x.mT @ ((x @ look).softmax(-1) - y) / n + prior / n * look
+        new = look - gradient / curvature[:, None, None]
+        look, w = new + i / (i + 3) * (new - w), new
+    return w
+
+
+def nearest_neighbour(x, y, query_x):
+    """The label of the nearest observation: x (B, n, dim), y (B, n, 10), query_x (B, Q, dim) -> (B, Q, 10)."""
+    nearest = torch.cdist(query_x, x).argmin(-1)  # (B, Q)
+    return y.gather(1, nearest[..., None].expand(-1, -1, CLASSES))
+
+
+def evaluate(model, images, dataset, args):
+    """The model after 0 ... 2K fresh mini-batches, beside rivals that are given exactly the data it has seen so far."""
+    steps = list(range(1, 2 * args.steps + 1))
+    ours, rivals = [], {"logistic regression": [], "nearest neighbour": [], "majority label": []}
+    tasks = common.evaluation_tasks(lambda B: sample_tasks(images, B, 2 * args.steps, args), args.eval_tasks, stream=list(NAMES).index(dataset))
+    for task in tasks:
+        ours.append(common.evaluate(model, task, error))
+        x, y = (c.transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))  # (B, K * N, ...)
+        w, rows = torch.zeros(len(x), args.dim + 1, CLASSES, device=x.device), {name: [] for name in rivals}
+        for n in range(args.context, x.shape[1] + 1, args.context):
+            w = logistic_regression(x[:, :n], y[:, :n], w)
+            rows["logistic regression"].append(F.pad(task.query_x, (0, 1), value=1.0) @ w)
+            rows["nearest neighbour"].append(nearest_neighbour(x[:, :n], y[:, :n], task.query_x))
+            rows["majority label"].append(y[:, :n].mean(1, keepdim=True).expand_as(task.query_y))
+        for name, answers in rows.items():
+            rivals[name].append(torch.stack([error(a, task.query_y).mean(1) for a in answers], 1))
+    return common.summary(ours, name="error %", data=NAMES[dataset]), {k: common.summary(v, steps) for k, v in rivals.items()}
+
+
+# ---------------------------------------------------------------- main
+
+
+def plot(out):
+    common.plot_steps(out, common.read_results(out, "mnist"))
+    print(f"plot: {out}/error.png")
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.plot_only:
+        return plot(args.plot_only)
+    images = load(args)
+    other = load_images(OTHER[args.dataset], args)  # before training: damaged files should not cost a run
+    model = make_model(args)
+    iterations, seconds = common.trained(args) if args.eval else train(model, images, args)
+    metrics, baselines = {}, {}
+    metrics["id"], baselines["id"] = evaluate(model, images, args.dataset, args)
+    if other is None:
+        print(f"ood not run: {NAMES[OTHER[args.dataset]]} is not in {args.data_dir} and cannot be downloaded")
+    else:
+        metrics["ood"], baselines["ood"] = evaluate(model, other, OTHER[args.dataset], args)
+    common.write_results(args, model, NAMES[args.dataset], iterations, seconds, metrics, baselines)
+    plot(args.out)
+
+
+if __name__ == "__main__":
+    main()
