@@ -30,9 +30,9 @@ UNIT = 1.5  # models see points divided by this, so that data and the noise that
 
 
 def get_args(argv=None):
-    parser = common.make_parser(__doc__)
+    parser = common.make_parser("alphabets", __doc__)
     mog_flow.add_flow_flags(parser)
-    parser.set_defaults(regime="implicit", steps=5, context=32, queries=128, tasks=16, iters=2500, lr=2e-3, eval_tasks=128)
+    parser.set_defaults(regime="implicit", steps=5, context=32, queries=128, tasks=16, iters=2500, lr=2e-3, eval_tasks=100)
     args = common.parse_args(parser, PRESETS, argv)
     if not args.plot_only:
         mog_flow.refuse(args)
@@ -97,9 +97,8 @@ def evaluate(model, args):
     """In distribution: new poses of the letters trained on. Out of distribution: the letters held out."""
     metrics, baselines = {}, {}
     for stream, (split, letters) in enumerate({"id": LETTERS, "ood": HELD_OUT}.items()):
-        metric, baselines[split], pictures = mog_flow.evaluate(model, args, make_sampler(letters, args), UNIT, stream)
+        metric, baselines[split] = mog_flow.compare(model, args, split, make_sampler(letters, args), UNIT, stream)
         metrics[split] = metric | {"data": f"letters {letters}"}
-        np.savez_compressed(os.path.join(args.out, f"points_{split}.npz"), **pictures)
     return metrics, baselines
 
 

@@ -34,7 +34,7 @@ def add_flow_flags(parser):
     """Flags of flow matching; alphabets.py has them too."""
     add = parser.add_argument_group("flow matching").add_argument
     add("--solver", choices=SOLVERS, default="heun", help="fixed-step ODE solver; midpoint and heun read the field twice a step")
-    add("--ode-steps", type=common.count, default=10, help="steps of the solver from noise (t = 0) to data (t = 1)")
+    add("--ode-steps", type=common.count, default=8, help="steps of the solver from noise (t = 0) to data (t = 1)")
     add("--points", type=common.number(int, 2), default=256, help="generated and true points per task in W2 and W1, which depend on it")
 
 
@@ -47,12 +47,12 @@ def refuse(args):
 
 
 def get_args(argv=None):
-    parser = common.make_parser(__doc__)
+    parser = common.make_parser("mog_flow", __doc__)
     add = parser.add_argument_group("mixtures of Gaussians").add_argument
-    add("--dim", type=common.count, default=2, help="dimension of the points")
+    add("--dim", type=common.number(int, 2), default=2, help="dimension of the points")
     add("--max-clusters", type=common.count, default=10, help="a task has 1 to this many clusters")
     add_flow_flags(parser)
-    parser.set_defaults(regime="implicit", steps=5, context=64, queries=128, tasks=16, iters=2500, lr=2e-3, eval_tasks=128)
+    parser.set_defaults(regime="implicit", steps=5, context=64, queries=128, tasks=16, iters=2500, lr=2e-3, eval_tasks=100)
     args = common.parse_args(parser, PRESETS, argv)
     if not args.plot_only:
         refuse(args)
@@ -167,11 +167,6 @@ def make_model(args, dim=None):
     common.seed_all(common.WEIGHTS, args.seed)
     dim = dim or args.dim
     model = common.REGIMES[args.regime](args, 2 * dim + 1, dim, loss)
-    with torch.no_grad():  # choice: attention starts out as similarity, its queries made with the weights of its keys
-        for block in model.transformer.blocks:
-            block.query.weight.copy_(block.key_value.weight[: args.width])
-            block.query.bias.zero_()
-            block.key_value.bias.zero_()
     return common.place(model, args)
 
 
@@ -206,80 +201,83 @@ def wasserstein(a, b, p):
 
 
 def kernels(points, std=0.0):
-    """A kernel density estimate on points (B, N, d); with std 0, the points themselves."""
+    """The kernel density estimate from points (B, N, d); with std 0, the points themselves."""
     B, N, _ = points.shape
     return Density(points, torch.full((B,), N, device=points.device), torch.full((B,), std, device=points.device))
 
 
-def log_likelihood(density, x):
-    """Mean over x (B, n, d) of the log density, all components in use -> (B,)."""
-    std, (_, C, d) = density.std[:, None, None], density.centres.shape
-    logits = -torch.cdist(x, density.centres).square() / (2 * std**2)
-    return (logits.logsumexp(-1) - d * std[..., 0].log() - math.log(C) - d / 2 * math.log(2 * math.pi)).mean(1)
-
-
 def best_bandwidth(sample, n, args):
-    """Of the kernel density estimate from n points: the likeliest for fresh points of 32 separate tasks."""
+    """Of kernel density estimates from n points, the bandwidth likeliest for fresh points of 32 separate tasks."""
     common.seed_all(common.EVALUATION, 1000, n)
     density = sample(32, args)
-    points, fresh = draw(density, n), draw(density, 256)
-    grid = (float(density.std[0]) * torch.logspace(-0.5, 1.5, 13)).tolist()
-    return max(grid, key=lambda std: float(log_likelihood(kernels(points, std), fresh).mean()))
+    squares = torch.cdist(draw(density, 256), draw(density, n)).square()  # (B, fresh, n)
+
+    def likelihood(std):
+        return float((-squares / (2 * std**2)).logsumexp(-1).mean()) - density.centres.shape[-1] * math.log(std)
+
+    return max((float(density.std[0]) * np.logspace(-0.5, 1.5, 13)).tolist(), key=likelihood)
 
 
 def one_gaussian(points, n):
     """n draws from the Gaussian with the mean and covariance of points (B, N, d)."""
-    mean = points.mean(1, keepdim=True)
-    covariance = (points - mean).mT @ (points - mean) / points.shape[1] + 1e-6 * torch.eye(points.shape[-1], device=points.device)
-    return mean + torch.randn(len(points), n, points.shape[-1], device=points.device) @ torch.linalg.cholesky(covariance).mT
+    (B, N, d), mean = points.shape, points.mean(1, keepdim=True)
+    covariance = (points - mean).mT @ (points - mean) / N + 1e-6 * torch.eye(d, device=points.device)  # N may be below d
+    return mean + torch.randn(B, n, d, device=points.device) @ torch.linalg.cholesky(covariance).mT
+
+
+FLOOR, EXACT = "fresh samples (floor)", "exact field, same solver"  # rows that have seen no context
 
 
 @torch.no_grad()
-def evaluate(model, args, sample=sample_densities, unit=UNIT, stream=0, floor_draws=4):
-    """W2, W1 and the excess over the floor after 0 ... 2K fresh mini-batches, for the model and for what stands beside it.
+def compare(model, args, split, sample, unit, stream):
+    """W2 and W1 to the same true points, after 0 ... K, 1.5 K and 2 K fresh mini-batches, of the model and of what stands beside it.
 
-    Every row is compared with the same true points; the floor is what as many fresh points of the true density get, the mean
-    over `floor_draws` draws. -> metric and baselines for results.json, and the points of the first tasks for the pictures.
+    The floor is the mean over four draws of as many fresh points; the excess over it is what counts, and is taken task by
+    task. Saves the points of the first tasks for the pictures. -> metric and baselines of this split for results.json
     """
     model.eval()
-    steps, n = list(range(2 * args.steps + 1)), args.points
+    K, n, rows = args.steps, args.points, collections.defaultdict(list)
+    steps = sorted({*range(K + 1), 3 * K // 2, 2 * K})
     bandwidth = [best_bandwidth(sample, k * args.context, args) for k in steps[1:]]
-    rows, pictures = collections.defaultdict(list), None
     for index, first in enumerate(range(0, args.eval_tasks, 32)):
-        common.seed_all(common.EVALUATION, stream, index)  # always 32 tasks, then cut: the tasks do not depend on --eval-tasks
-        density = sample(32, args)
-        batches = torch.stack([draw(density, args.context) for _ in steps[1:]])  # (2K, B, N, d)
-        truth, noise, *fresh = draw(density, n), torch.randn(32, n, density.centres.shape[-1], device=args.device), *(draw(density, n) for _ in range(floor_draws))
-        seen = [batches[:k].transpose(0, 1).flatten(1, 2) for k in steps[1:]]  # (B, k * N, d)
+        common.seed_all(common.EVALUATION, stream, index)  # always 32 tasks, then cut: they do not depend on --eval-tasks
+        density, cut = sample(32, args), min(32, args.eval_tasks - first)
+        batches = torch.stack([draw(density, args.context) for _ in range(2 * K)])[:, :cut]  # (2K, B, N, d)
+        truth, *fresh = (draw(density, n)[:cut] for _ in range(5))
+        density, noise = Density(*(field[:cut] for field in density)), torch.randn_like(truth)
+        seen = [batches[:k].transpose(0, 1).flatten(1, 2) for k in steps[1:]]  # (B, k N, d)
         answers = {
             "this model": [generate(model, batches[:k], noise, args) for k in steps],
-            "fresh samples (floor)": fresh,
-            "exact field, same solver": [integrate(lambda x, t: exact_field(density, x, t), noise, args)],
+            FLOOR: fresh,
+            EXACT: [integrate(lambda x, t: exact_field(density, x, t), noise, args)],
             "kernel density": [draw(kernels(points, std), n) for points, std in zip(seen, bandwidth)],
             "context resampled": [draw(kernels(points), n) for points in seen],
             "one Gaussian": [one_gaussian(points, n) for points in seen],
         }
-        cut = min(32, args.eval_tasks - first)
-        for name, points in answers.items():
-            distances = [torch.stack([unit * wasserstein(x[:cut], truth[:cut], p) for x in points], 1) for p in (2, 1)]
-            rows[name].append(torch.stack(distances))  # (2, tasks, steps)
-        if pictures is None:
+        for name, points in answers.items():  # (2, tasks, steps)
+            rows[name].append(unit * torch.stack([torch.stack([wasserstein(x, truth, p) for x in points], 1) for p in (2, 1)]))
+        if first == 0:
+            os.makedirs(args.out, exist_ok=True)
             pictures = dict(batches=batches, generated=torch.stack(answers["this model"]), truth=truth)
-            pictures = {name: unit * points[:, :8].cpu().numpy() if points.ndim == 4 else unit * points[:8].cpu().numpy() for name, points in pictures.items()}
+            pictures = {name: unit * points[..., :8, :, :].cpu().numpy() for name, points in pictures.items()}
+            np.savez_compressed(os.path.join(args.out, f"points_{split}.npz"), **pictures)
     rows = {name: torch.cat(chunks, 1) for name, chunks in rows.items()}
-    floor = rows["fresh samples (floor)"].mean(-1, keepdim=True)
-    rows["fresh samples (floor)"] = floor
+    floor = rows[FLOOR] = rows[FLOOR].mean(-1, keepdim=True)
 
     def summarize(row, steps, **extra):
-        values = rows[row].expand(-1, -1, len(steps))
-        named = {"w1": values[1], "excess": values[0] - floor[0], "w1_excess": values[1] - floor[1]}  # paired by task
-        extra |= {key: {k: v for k, v in common.summary([value]).items() if k in ("mean", "stderr")} for key, value in named.items()}
-        return common.summary([values[0]], steps, **extra)
+        (w2, w1), (excess, w1_excess) = rows[row].expand(-1, -1, len(steps)), (rows[row] - floor).expand(-1, -1, len(steps))
+        for name, values in dict(w1=w1, excess=excess, w1_excess=w1_excess).items():
+            full = common.summary([values])
+            extra[name] = {"mean": full["mean"], "stderr": full["stderr"]}
+        return common.summary([w2], steps, **extra)
 
-    metric = summarize("this model", steps, name=f"W2, {n} points")
-    everywhere = ("fresh samples (floor)", "exact field, same solver")
-    baselines = {name: summarize(name, steps if name in everywhere else steps[1:]) for name in rows if name != "this model"}
-    return metric, baselines, pictures
+    beside = {name: summarize(name, steps if name in (FLOOR, EXACT) else steps[1:]) for name in rows if name != "this model"}
+    return summarize("this model", steps, name=f"W2, {n} points"), beside
+
+
+def evaluate(model, args):
+    metric, baselines = compare(model, args, "id", sample_densities, UNIT, stream=0)
+    return {"id": metric | {"data": data_name(args)}}, {"id": baselines}
 
 
 def data_name(args):
@@ -289,82 +287,89 @@ def data_name(args):
 # ---------------------------------------------------------------- plot
 
 
-def plot_grid(path, pictures, K, title):
-    """Tasks x {context, 1 step, K / 2, K, truth}; the truth is grey under every column."""
+def scatter(ax, points, color, **style):
+    return ax.scatter(*points[:, :2].T, **(dict(s=4, color=color, lw=0) | style))
+
+
+def frame(ax, truth):
+    """A square around the true points (n, d), of which the first two coordinates are drawn."""
+    low, high = truth[:, :2].min(0), truth[:, :2].max(0)
+    (x, y), half = (low + high) / 2, 0.6 * (high - low).max() + 0.1
+    ax.set(xlim=(x - half, x + half), ylim=(y - half, y + half), xticks=[], yticks=[], aspect="equal")
+
+
+def plot_grid(path, batches, generated, truth, K, title):
+    """Tasks x {context, 1 step, K / 2, K, truth}; the truth is grey under all generated points."""
     import matplotlib.pyplot as plt
 
-    batches, generated, truth = (pictures[name] for name in ("batches", "generated", "truth"))
-    shown = sorted({1, max(1, K // 2), K})
-    fig, axes = plt.subplots(6, len(shown) + 2, figsize=(1.9 * (len(shown) + 2), 11.2), squeeze=False)
+    shown = sorted({1, (K + 1) // 2, K})
+    tasks, columns = min(6, len(truth)), len(shown) + 2
+    fig, axes = plt.subplots(tasks, columns, figsize=(1.9 * columns, 1.9 * tasks + 0.6), squeeze=False)
     for i, row in enumerate(axes):
-        first, rest = batches[0, i], batches[1:K, i].reshape(-1, truth.shape[-1])
-        columns = [(f"first mini-batch\n(then {K - 1} more)", first, "C1")]
-        columns += [(f"after {k} step{'s' * (k > 1)}", generated[k, i], "C0") for k in shown] + [("truth", truth[i], "0.35")]
-        for ax, (name, points, color) in zip(row, columns):
-            grey = rest if color == "C1" else truth[i]
-            ax.scatter(grey[:, 0], grey[:, 1], s=5, color="#fbd9b5" if color == "C1" else "0.85", lw=0)
-            ax.scatter(points[:, 0], points[:, 1], s=4, color=color, lw=0)
+        for later in batches[1:K, i]:
+            scatter(row[0], later, "#fbd0a0")
+        scatter(row[0], batches[0, i], "C1", s=6)
+        for ax, k in zip(row[1:], shown):
+            scatter(ax, truth[i], "0.85", s=6)
+            scatter(ax, generated[k, i], "C0")
+        scatter(row[-1], truth[i], "0.3")
+        for ax in row:
             frame(ax, truth[i])
-            if i == 0:
-                ax.set_title(name, fontsize=9)
+    names = [f"context: first\nmini-batch (of {K})", *(f"after {k} step{'s' * (k > 1)}" for k in shown), "truth"]
+    for ax, name in zip(axes[0], names):
+        ax.set_title(name, fontsize=9)
     fig.suptitle(title, fontsize=10)
     fig.tight_layout(h_pad=0.3, w_pad=0.3)
     common.replace_file(path, lambda temporary: fig.savefig(temporary, dpi=90, format="png"))
     plt.close(fig)
 
 
-def frame(ax, truth):
-    """Axes around the true points, equal in both directions, without ticks."""
-    (low_x, low_y), (high_x, high_y) = truth[:, :2].min(0), truth[:, :2].max(0)
-    half = 0.6 * max(high_x - low_x, high_y - low_y) + 0.3
-    ax.set(xlim=((low_x + high_x) / 2 - half, (low_x + high_x) / 2 + half), ylim=((low_y + high_y) / 2 - half, (low_y + high_y) / 2 + half))
-    ax.set(xticks=[], yticks=[], aspect="equal")
-
-
-def plot_gif(path, pictures, K, title):
-    """Points generated from the same noise after 0, 1, ... K mini-batches, moving from each to the next; new context in orange."""
+def plot_gif(path, batches, generated, truth, K, title):
+    """What the same noise becomes after 0, 1, ... K mini-batches, moving from each to the next; the new context in orange."""
     import matplotlib.pyplot as plt
     from PIL import Image
 
-    batches, generated, truth = (pictures[name] for name in ("batches", "generated", "truth"))
     fig, axes = plt.subplots(2, 4, figsize=(8, 4.5))
-    dots, news = [], []
-    for i, ax in enumerate(axes.flat):
-        ax.scatter(truth[i, :, 0], truth[i, :, 1], s=5, color="0.88", lw=0)
-        news.append(ax.scatter([], [], s=14, color="C1", marker="x", lw=0.9))
-        dots.append(ax.scatter([], [], s=4, color="C0", lw=0))
+    tasks = list(zip(range(len(truth)), axes.flat))
+    for i, ax in tasks:
+        scatter(ax, truth[i], "0.88", s=5)
         frame(ax, truth[i])
-    frames = [(k, 0.0) for k in [0] * 4] + [(k, move) for k in range(K) for move in (0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1)] + [(K - 1, 1.0)] * 8
-    heading = fig.suptitle("")
-    fig.tight_layout(rect=(0, 0, 1, 0.97))
-    images = []
-    for k, move in frames:
-        ease = move * move * (3 - 2 * move)
-        heading.set_text(f"{title}: {k + (move == 1)} mini-batch{'es' * (k + (move == 1) != 1)} read")
-        for i in range(len(dots)):
-            dots[i].set_offsets((1 - ease) * generated[k, i, :, :2] + ease * generated[k + 1, i, :, :2])
-            news[i].set_offsets(batches[k, i, :, :2] if move < 1 else np.empty((0, 2)))
-        fig.canvas.draw()
-        images.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").quantize(32))
-    common.replace_file(path, lambda t: images[0].save(t, "GIF", save_all=True, append_images=images[1:], duration=120, loop=0))
+    new = [scatter(ax, batches[0, i], "C1", s=14, marker="x", lw=0.9) for i, ax in tasks]
+    dots = [scatter(ax, generated[0, i], "C0") for i, ax in tasks]
+    heading = fig.suptitle(" ")
+    fig.tight_layout(rect=(0, 0, 1, 0.98))
+    images, pauses = [], {0: 700, 0.25: 80, 0.5: 80, 0.75: 80, 1: 1000}  # how far points have moved: shown for how many ms
+    for k in range(K):
+        for move in pauses:
+            seen = k + (move > 0)
+            heading.set_text(f"{title}: {seen} mini-batch{'es' * (seen != 1)} read")
+            for i, _ in tasks:
+                dots[i].set_offsets((1 - move) * generated[k, i, :, :2] + move * generated[k + 1, i, :, :2])
+                new[i].set_offsets(batches[k, i, :, :2])
+                new[i].set_visible(move < 1)
+            fig.canvas.draw()
+            images.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").quantize(32))
+    options = dict(save_all=True, append_images=images[1:], duration=[*pauses.values()] * K, loop=0)
+    common.replace_file(path, lambda temporary: images[0].save(temporary, "GIF", **options))
     plt.close(fig)
 
 
 def plot_excess(path, results):
-    """W2 and W1 beyond the floor against the step, with the oracle rows: how far from as good as fresh points."""
+    """W2 and W1 beyond the floor against the step: how far each row is from being as good as fresh points."""
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2 * len(results["metrics"]), figsize=(4.4 * 2 * len(results["metrics"]), 3.7), squeeze=False)
     panels = [(split, key) for split in results["metrics"] for key in ("excess", "w1_excess")]
-    for ax, (split, key) in zip(axes[0], panels):
-        m = results["metrics"][split]
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.7))
+    for ax, (split, key) in zip(axes, panels):
+        m, beside = results["metrics"][split], results["baselines"][split]
         ax.errorbar(m["steps"], m[key]["mean"], m[key]["stderr"], fmt="o-", color="C0", lw=2, capsize=3, label="this model", zorder=3)
-        for i, (name, b) in enumerate(results["baselines"][split].items(), 1):
+        for i, (name, b) in enumerate(beside.items(), 1):
             ax.plot(b["steps"], b[key]["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=f"C{i}", label=name)
         ax.axvline(results["args"]["steps"], color="0.7", lw=1, zorder=0)
-        top = max(results["baselines"][split]["one Gaussian"][key]["mean"])
+        top = max(beside["one Gaussian"][key]["mean"] + m[key]["mean"][1:])  # step 0 has seen nothing and would dwarf the rest
         ax.set(title=f"{split}: {m['data']}", xlabel="mini-batches seen", ylabel=f"{'W2' if key == 'excess' else 'W1'} beyond fresh samples")
-        ax.set_ylim(-0.1 * top, 1.4 * top)
+        ax.set_ylim(-0.1 * top, 1.2 * top)
+        ax.title.set_fontsize(9)
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
     fig.tight_layout()
@@ -376,26 +381,26 @@ def plot(out, script="mog_flow"):
     results = common.read_results(out, script)
     common.plot_steps(out, results)
     plot_excess(os.path.join(out, "excess.png"), results)
-    K, drawn = results["args"]["steps"], ["error.png", "excess.png"]
-    for split in results["metrics"]:
-        if results["args"].get("dim", 2) == 1:
-            continue
-        with np.load(os.path.join(out, f"points_{split}.npz")) as pictures:
-            pictures = dict(pictures)
-        plot_grid(os.path.join(out, f"grid_{split}.png"), pictures, K, results["metrics"][split]["data"])
-        plot_gif(os.path.join(out, f"refinement_{split}.gif"), pictures, K, results["metrics"][split]["data"])
-        drawn += [f"grid_{split}.png", f"refinement_{split}.gif"]
-    print(f"plots in {out}: {', '.join(drawn)}")
+    for split, m in results["metrics"].items():
+        try:
+            with np.load(os.path.join(out, f"points_{split}.npz")) as file:
+                points = [file[name] for name in ("batches", "generated", "truth")]
+        except (OSError, ValueError, KeyError, EOFError):
+            common.fail(f"{out}/points_{split}.npz is missing or damaged")
+        plot_grid(os.path.join(out, f"grid_{split}.png"), *points, results["args"]["steps"], m["data"])
+        plot_gif(os.path.join(out, f"refinement_{split}.gif"), *points, results["args"]["steps"], m["data"])
+    print(f"plots: {out}/error.png, excess.png, grid_*.png, refinement_*.gif")
 
 
 # ---------------------------------------------------------------- main
 
 
 def report(metrics, baselines, K):
-    """The excess over the floor at step K, row by row: W2 itself says little, since its floor depends on --points."""
+    """The excess over the floor, row by row: W2 itself says little, since its floor depends on --points."""
     for split, m in metrics.items():
         for name, row in [("this model", m), *baselines[split].items()]:
-            cells = [f"{row[key]['mean'][row['steps'].index(k)]:+.3f} +- {row[key]['stderr'][row['steps'].index(k)]:.3f}" for key in ("excess", "w1_excess") for k in (1, K)]
+            one, last = row["steps"].index(1), row["steps"].index(K)
+            cells = ["{:+.3f} +- {:.3f}".format(row[key]["mean"][k], row[key]["stderr"][k]) for key in ("excess", "w1_excess") for k in (one, last)]
             print(f"{split} beyond the floor, steps 1 and {K}: W2 {cells[0]}, {cells[1]}; W1 {cells[2]}, {cells[3]} | {name}")
 
 
@@ -405,9 +410,7 @@ def main(argv=None):
         return plot(args.plot_only)
     model = make_model(args)
     iterations, seconds = common.trained(args) if args.eval else train(model, args)
-    metric, baselines, pictures = evaluate(model, args)
-    metrics, baselines = {"id": metric | {"data": data_name(args)}}, {"id": baselines}
-    np.savez_compressed(os.path.join(args.out, "points_id.npz"), **pictures)
+    metrics, baselines = evaluate(model, args)
     common.write_results(args, model, data_name(args), iterations, seconds, metrics, baselines)
     report(metrics, baselines, args.steps)
     plot(args.out)

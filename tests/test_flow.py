@@ -20,13 +20,7 @@ import common  # noqa: E402
 import mog_flow  # noqa: E402
 from mog_flow import Density  # noqa: E402
 
-TINY = "--iters 2 --eval-tasks 3 --points 8 --ode-steps 2 --steps 2 --context 6 --queries 5 --tasks 2 --width 8 --heads 2 --depth 1 --device cpu".split()
-
-
-def run(script, *flags, check=True):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, flags)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert not check or done.returncode == 0, done.stderr
-    return done
+TINY = "--iters 2 --eval-tasks 3 --points 8 --ode-steps 2 --steps 1 --context 6 --queries 5 --tasks 2 --width 8 --depth 1 --device cpu".split()
 
 
 def mog_args(**changes):
@@ -169,19 +163,21 @@ def test_wasserstein_in_one_dimension_is_sorting(p):
     assert mog_flow.wasserstein(torch.tensor(a), torch.tensor(b), p).item() == pytest.approx(expected, abs=1e-9)
 
 
-def test_kernel_density_likelihood_is_the_textbook_sum():
-    torch.manual_seed(0)
-    points, x = torch.randn(1, 9, 2), torch.randn(1, 4, 2)
-    each = [torch.distributions.MultivariateNormal(p, 0.25 * torch.eye(2)).log_prob(x[0]).exp() for p in points[0]]
-    expected = torch.stack(each).mean(0).log().mean()
-    assert torch.allclose(mog_flow.log_likelihood(mog_flow.kernels(points, 0.5), x), expected, atol=1e-5)
+def test_bandwidth_is_the_likeliest_by_the_textbook_density():
+    """Against torch.distributions on points drawn with the same seed: no bandwidth of the grid does better."""
+    args, n = mog_args(max_clusters=2), 40
+    found = mog_flow.best_bandwidth(mog_flow.sample_densities, n, args)
+    common.seed_all(common.EVALUATION, 1000, n)
+    density = mog_flow.sample_densities(32, args)
+    fresh, points = mog_flow.draw(density, 256), mog_flow.draw(density, n)
 
+    def likelihood(std):
+        each = torch.distributions.Normal(points[:, None], std).log_prob(fresh[:, :, None]).sum(-1)  # (B, fresh, n)
+        return (each.logsumexp(-1) - math.log(n)).mean().item()
 
-def test_bandwidth_is_near_the_truth_when_the_points_are_many_and_the_clusters_wide():
-    """One cluster, few points: Silverman's rule in 2-d, std * n^(-1/6), is close to the likeliest bandwidth."""
-    args = mog_args(max_clusters=1)
-    found = mog_flow.best_bandwidth(mog_flow.sample_densities, 64, args) * mog_flow.UNIT
-    assert 0.6 < found / (0.3 * 64 ** (-1 / 6)) < 1.7
+    grid = 0.06 * 10 ** np.linspace(-0.5, 1.5, 13)
+    assert found == pytest.approx(max(grid, key=likelihood), rel=1e-5)
+    assert grid[0] < found < grid[-1]
 
 
 def test_one_gaussian_has_the_points_mean_and_covariance():
@@ -239,27 +235,69 @@ def test_letters_are_turned_and_scaled():
 # ---------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("script, flags", [("mog_flow.py", ["--max-clusters", 3]), ("mog_flow.py", ["--dim", 5, "--mask", "none", "--history", 2]), ("alphabets.py", ["--state", "latent"])])
-def test_smoke(script, flags, tmp_path):
+@pytest.mark.parametrize(
+    "script, flags",
+    [(mog_flow, "--max-clusters 3 --solver euler"), (mog_flow, "--dim 5 --mask none --history 2"), (alphabets, "--state latent --solver midpoint")],
+)
+def test_smoke(script, flags, tmp_path, capsys):
     out = tmp_path / "run"
-    run(script, *TINY, *flags, "--out", out)
-    results = json.loads((out / "results.json").read_text())
-    assert set(results["metrics"]) == ({"id", "ood"} if script == "alphabets.py" else {"id"})
-    for split, m in results["metrics"].items():
-        assert m["steps"] == [0, 1, 2, 3, 4] and m["tasks"] == 3
-        assert all(map(math.isfinite, m["mean"] + m["stderr"] + m["w1"]["mean"] + m["excess"]["mean"]))
+    script.main([*TINY, *flags.split(), "--out", str(out)])
+    results, printed = json.loads((out / "results.json").read_text()), capsys.readouterr().out
+    splits = ["id", "ood"] if script is alphabets else ["id"]
+    assert list(results["metrics"]) == splits and results["iterations"] == 2
+    for split in splits:
+        m, floor = results["metrics"][split], results["baselines"][split][mog_flow.FLOOR]
+        assert m["steps"] == [0, 1, 2] and m["tasks"] == 3
+        assert all(map(math.isfinite, m["mean"] + m["stderr"] + m["w1"]["mean"] + m["excess"]["stderr"]))
         assert all(w1 <= w2 + 1e-9 for w1, w2 in zip(m["w1"]["mean"], m["mean"]))
-        floor = results["baselines"][split]["fresh samples (floor)"]
         assert np.allclose(np.array(m["mean"]) - floor["mean"], m["excess"]["mean"])
-        for file in ("error.png", "excess.png", f"grid_{split}.png", f"refinement_{split}.gif"):
-            (out / file).rename(out / f"old_{file}") if (out / file).exists() else pytest.fail(file)
-    run(script, "--plot-only", out)
-    assert (out / f"grid_{split}.png").stat().st_size > 5000
+        assert f"{split} beyond the floor" in printed
+    drawn = ["error.png", "excess.png", *(f"grid_{split}.png" for split in splits), *(f"refinement_{split}.gif" for split in splits)]
+    assert all((out / file).stat().st_size > 5000 for file in drawn)
 
 
-@pytest.mark.parametrize("script", ["mog_flow.py", "alphabets.py"])
-@pytest.mark.parametrize("flags, reason", [("--regime parametric", "--regime implicit only"), ("--state softmax", "no softmax"), ("--solver rk45", "invalid choice"), ("--ode-steps 0", "at least 1"), ("--points 1", "at least 2"), ("--signal grad", "--signal data")])
-def test_wrong_use(script, flags, reason, tmp_path):
-    done = run(script, *flags.split(), "--out", tmp_path / "run", check=False)
-    assert done.returncode == 2 and reason in done.stderr
-    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+def test_plots_are_redrawn_from_the_files_alone(tmp_path, capsys):
+    out = tmp_path / "run"
+    mog_flow.main([*TINY, "--out", str(out)])
+    before = (out / "grid_id.png").read_bytes()
+    for file in ("checkpoint.pt", "grid_id.png"):
+        (out / file).unlink()
+    mog_flow.main(["--plot-only", str(out)])
+    assert (out / "grid_id.png").read_bytes() == before
+    (out / "points_id.npz").write_bytes(b"PK not a zip")
+    refused(capsys, mog_flow, ["--plot-only", str(out)], "points_id.npz is missing or damaged")
+
+
+def refused(capsys, script, flags, reason):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        script.main(flags)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and reason in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("script", [mog_flow, alphabets])
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        ("--regime parametric", "--regime implicit only"),
+        ("--regime explicit", "--regime implicit only"),
+        ("--state softmax", "no softmax"),
+        ("--signal grad", "--signal data"),
+        ("--solver rk45", "invalid choice"),
+        ("--ode-steps 0", "at least 1"),
+        ("--points 1", "at least 2"),
+    ],
+)
+def test_wrong_use(script, flags, reason, tmp_path, capsys):
+    refused(capsys, script, [*flags.split(), "--out", str(tmp_path / "run")], reason)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mixtures_refuse_what_has_no_picture(capsys):
+    refused(capsys, mog_flow, ["--dim", "1"], "at least 2")
+
+
+def test_wrong_use_from_the_shell_is_one_line():
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "alphabets.py"), "--regime", "parametric"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
