@@ -47,6 +47,16 @@ def refine(model, task):
         past = [state.detach() for state in past[1:] + [model.carry(states)]]
 
 
+def draw_size(carry, N, shape, device="cpu"):
+    """Context sizes for training, where a step has one size (a query): uniform in 1 ... N, or else the whole mini-batch.
+
+    In evaluation states come from whole mini-batches. A model that met only the poorer states of random prefixes trusts
+    them too little later on, so with carry "full" half of the draws are N.
+    """
+    uniform = torch.randint(1, N + 1, shape, device=device)
+    return uniform if carry == "random" else torch.where(torch.rand(shape, device=device) < 0.5, N, uniform)
+
+
 # ---------------------------------------------------------------- the masked transformer
 
 
@@ -159,8 +169,8 @@ class Parametric(nn.Module):
 
     def update(self, past, x, y, query_x):
         """h_phi of eq. 7: the last H states (B, P) and a mini-batch -> states after each prefix (T, B, P)."""
-        if self.training and not self.causal:  # one random length a step for the whole batch (sec. 11.4)
-            n = int(torch.randint(1, x.shape[1] + 1, ()))
+        if self.training and not self.causal:  # one random size a step for the whole batch (sec. 11.4)
+            n = int(draw_size(self.carried, x.shape[1], ()))
             x, y = x[:, :n], y[:, :n]
         B, S = len(x), self.slots
         tokens = 0
@@ -224,7 +234,7 @@ class Implicit(nn.Module):
 
     def __init__(self, args, x_dim, y_dim, loss=None):
         super().__init__()
-        self.history, self.causal, self.kind = args.history, args.mask == "causal", args.state
+        self.history, self.causal, self.carried, self.kind = args.history, args.mask == "causal", args.carry, args.state
         D, S = args.width, (args.width if args.state == "latent" else y_dim)
         self.initial = nn.Parameter(torch.zeros(S))
         self.observation = nn.Linear(x_dim + y_dim, D)
@@ -250,10 +260,10 @@ class Implicit(nn.Module):
         """r_gamma of eq. 8: the last H states (B, Q, S) and a mini-batch -> the next states (1, B, Q, S)."""
         visible, N = None, x.shape[1]
         if self.training and self.causal:  # each query sees a random prefix of its own (fig. 6)
-            length = torch.randint(1, N + 1, (*query_x.shape[:2], 1), device=x.device)
-            visible = (torch.arange(N, device=x.device) < length)[:, None]  # (B, 1, Q, N)
-        elif self.training:  # one random length a step for the whole batch (sec. 11.4)
-            n = int(torch.randint(1, N + 1, ()))
+            size = draw_size(self.carried, N, (*query_x.shape[:2], 1), x.device)
+            visible = (torch.arange(N, device=x.device) < size)[:, None]  # (B, 1, Q, N)
+        elif self.training:  # one random size a step for the whole batch (sec. 11.4)
+            n = int(draw_size(self.carried, N, ()))
             x, y = x[:, :n], y[:, :n]
         return self.read(past, self.encode(x, y), query_x, visible)
 
@@ -318,10 +328,10 @@ def make_parser(script, doc):
     add("--regime", choices=REGIMES, help="what persists between steps: weights, a latent, or each query's prediction")
     add("--steps", type=count, help="K, refinement steps; each sees a fresh mini-batch")
     add("--signal", choices=("data", "grad", "both"), default="data", help="what tokens carry: observations, their gradients, or both")
-    add("--mask", choices=("causal", "none"), default="causal", help="causal: all context sizes in one pass; none: one random size a step")
+    add("--mask", choices=("causal", "none"), default="none", help="causal: all context sizes in one pass; none: one random size a step")
     add("--history", type=count, default=1, help="H, how many of the last states (and gradients) the model sees")
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
-    add("--carry", choices=("full", "random"), default="full", help="the prefix whose state goes to the next step in training (causal parametric, explicit)")
+    add("--carry", choices=("full", "random"), default="full", help="in training, hand over states of whole mini-batches (full) or of random prefixes (random)")
     add("--latent", type=count, default=64, help="numbers in a latent token of the explicit regime")
     add("--latent-tokens", type=count, default=1, help="latent tokens of the explicit regime under --mask none")
     add("--hidden", type=count, default=64, help="width of the explicit regime's trained MLP")
@@ -407,8 +417,6 @@ def check(args, given):
         fail(f"--width {args.width} is not divisible by --heads {args.heads}")
     if args.state != "logits" and args.regime != "implicit":
         fail(f"--state {args.state} is for --regime implicit; the state of --regime {args.regime} is given by the regime")
-    if args.carry != "full" and (args.regime == "implicit" or args.mask == "none"):
-        fail(f"--carry {args.carry} is for the causal parametric and explicit regimes; elsewhere a step has one prefix a query")
     if args.latent_tokens > 1 and (args.regime != "explicit" or args.mask != "none"):
         fail("--latent-tokens above 1 needs --regime explicit --mask none (a causal mask reads the latent at every observation)")
     for flag in ("latent", "hidden"):

@@ -1,0 +1,94 @@
+"""What all tests share: the repository on the path, one thread, small images in place of MNIST, scripts run in this process."""
+
+import importlib
+import os
+import shutil
+import signal
+import sys
+
+REAL_DATA = os.environ.get("IAI_DATA", "data")
+os.environ["OMP_NUM_THREADS"] = "1"  # sizes here are tiny, and subprocesses must add up in the same order as we do
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+REAL_DATA = os.path.join(ROOT, REAL_DATA)  # a relative folder is meant from the root
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)
+
+# A run that takes a fraction of a second; any flag may be given again, the last one counts.
+TINY = {
+    "linreg": "--dim 3 --context 5 --queries 4 --tasks 4 --width 8 --depth 1 --heads 2 --iters 3 --eval-tasks 4 --steps 2 --device cpu",
+    "mnist": "--dim 4 --context 5 --queries 4 --tasks 4 --width 8 --depth 1 --heads 2 --iters 3 --eval-tasks 4 --steps 2 --device cpu",
+}
+SCRIPTS = list(TINY)
+
+
+def call(script, *flags, tiny=True):
+    """call("linreg", "--steps 3", "--out", folder) is `python linreg.py` with tiny sizes and these flags."""
+    words = TINY[script].split() if tiny else []
+    for flag in flags:
+        words += flag.split() if isinstance(flag, str) else [os.fspath(flag)]
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        importlib.import_module(script).main(words)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def write_idx(path, array):
+    """The IDX format: two zeros, 8 for unsigned bytes, the number of dimensions, the sizes, the bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.astype(np.uint8).tobytes())
+
+
+def write_dataset(folder, seed, train=60, test=30):
+    """A small MNIST: ten random patterns with noise, all ten labels in both parts."""
+    random = np.random.default_rng(seed)
+    patterns = random.integers(0, 200, (10, 28, 28))
+    for part, size in (("train", train), ("t10k", test)):
+        labels = random.permutation(np.arange(size) % 10)
+        write_idx(folder / f"{part}-images-idx3-ubyte", patterns[labels] + random.integers(0, 56, (size, 28, 28)))
+        write_idx(folder / f"{part}-labels-idx1-ubyte", labels)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_data(tmp_path_factory):
+    """What IAI_DATA points to: both datasets at toy size. And no mirror to download from."""
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder / "MNIST" / "raw", 0)
+    write_dataset(folder / "FashionMNIST" / "raw", 1)
+    os.environ["IAI_DATA"] = str(folder)
+    datasets.MNIST.mirrors = datasets.FashionMNIST.mirrors = ["http://127.0.0.1:9/"]
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test works in an empty folder of its own and draws the same numbers whichever tests ran before."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def finished(small_data, tmp_path_factory):
+    """finished("linreg") is a folder with a finished tiny run, made once. Copy it before changing it."""
+    made = {}
+
+    def get(script):
+        if script not in made:
+            made[script] = tmp_path_factory.mktemp(script) / "run"
+            call(script, "--out", made[script])
+        return made[script]
+
+    return get
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    return lambda script: shutil.copytree(finished(script), tmp_path / f"{script}-run")

@@ -1,0 +1,442 @@
+"""The method, against references that share no code with it: loops, nn.TransformerEncoderLayer, autograd one by one."""
+
+import argparse
+import gc
+import os
+import weakref
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+from common import Task, Transformer, refine
+
+B, K, N, Q, X, Y = 3, 4, 6, 5, 4, 2
+SIGNALS = ("data", "grad", "both")
+
+
+def squared_error(prediction, y):
+    return (prediction - y).square().sum(-1)
+
+
+def linear(w, x):
+    """A fixed predictor with two outputs: parameters (..., X * Y), inputs (..., Q, X) -> (..., Q, Y)."""
+    return x @ w.unflatten(-1, (X, Y))
+
+
+def settings(**changes):
+    args = argparse.Namespace(
+        history=1, mask="causal", carry="full", latent_tokens=1, signal="data", state="logits", width=8, depth=2, heads=2, latent=6, hidden=10
+    )
+    vars(args).update(changes)
+    return args
+
+
+def make(regime, loss=squared_error, **changes):
+    """A model whose every parameter is random, so that nothing is hidden by a zero."""
+    args = settings(**changes)
+    torch.manual_seed(0)
+    extra = dict(predictor=linear, state_dim=X * Y) if regime == "parametric" else {}
+    model = common.REGIMES[regime](args, X, Y, loss, **extra)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.4 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture
+def task():
+    torch.manual_seed(1)
+    return Task(torch.randn(K, B, N, X), torch.randn(K, B, N, Y), torch.randn(B, Q, X), torch.randn(B, Q, Y))
+
+
+def past_states(model, task):
+    """H different states, as they are in the middle of a run."""
+    first = model.initial_state(task.query_x)
+    return [first + 0.3 * torch.randn_like(first) for _ in range(model.history)]
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("history", (1, 3))
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("regime", ("parametric", "explicit"))
+def test_one_causal_pass_equals_a_loop_over_prefixes(task, regime, signal, history):
+    model = make(regime, signal=signal, history=history)
+    x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
+    at_once = model.train().update(past, x, y, task.query_x)
+    assert len(at_once) == N
+    model.eval()
+    for n in range(1, N + 1):
+        alone = model.update(past, x[:, :n], y[:, :n], task.query_x)
+        assert len(alone) == 1
+        close(at_once[n - 1], alone[0])
+
+
+@pytest.mark.parametrize("history", (1, 3))
+def test_implicit_queries_under_their_own_prefixes_equal_a_loop_over_queries(task, history, monkeypatch):
+    """Each query is solved alone, in evaluation mode, on the context cut where the mask cuts it."""
+    model = make("implicit", history=history).train()
+    x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
+    lengths = torch.randint(1, N + 1, (B, Q, 1))
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: lengths)
+    together = model.update(past, x, y, task.query_x)[0]
+    monkeypatch.undo()
+    model.eval()
+    for b in range(B):
+        for q in range(Q):
+            n = lengths[b, q, 0]
+            one = slice(b, b + 1), slice(q, q + 1)
+            alone = model.update([s[one] for s in past], x[b : b + 1, :n], y[b : b + 1, :n], task.query_x[one])
+            close(together[one], alone[0])
+
+
+def test_prefix_lengths_are_drawn_from_one_to_the_whole_context_for_each_query_and_task(task, monkeypatch):
+    model, seen = make("implicit").train(), []
+    monkeypatch.setattr(model.transformer, "read", lambda tokens, memories, visible: seen.append(visible) or tokens)
+    for _ in range(300):
+        model.update([model.initial_state(task.query_x)], task.context_x[0], task.context_y[0], task.query_x)
+    visible = torch.stack(seen)
+    assert visible.shape == (300, B, 1, Q, N) and visible.dtype == torch.bool
+    lengths = visible.sum(-1).flatten(0, 2)
+    assert bool((visible == (torch.arange(N) < visible.sum(-1, keepdim=True))).all()), "a prefix, not a subset"
+    shares = torch.stack([(lengths == n).float().mean() for n in range(N + 1)])
+    assert shares[0] == 0 and (shares[1:] - 1 / N).abs().max() < 0.03
+    assert (lengths[:, :1] != lengths).any(0)[1:].all(), "queries share a length"
+
+
+@pytest.mark.parametrize("mask", ("causal", "none"))
+@pytest.mark.parametrize("state", ("logits", "softmax", "latent"))
+def test_an_implicit_prediction_does_not_change_when_other_queries_do(task, mask, state):
+    model = make("implicit", mask=mask, state=state, history=2)
+
+    def predictions(query_x):
+        torch.manual_seed(5)  # the same prefixes
+        return torch.stack(list(refine(model, task._replace(query_x=query_x))))
+
+    changed = task.query_x.clone()
+    changed[:, 1:] = torch.randn(B, Q - 1, X)
+    before, after = predictions(task.query_x), predictions(changed)
+    close(before[..., 0, :], after[..., 0, :])
+    assert (before[..., 1:, :] - after[..., 1:, :]).abs().amin() > 1e-6, "the changed queries must have changed"
+
+
+@pytest.mark.parametrize("regime", common.REGIMES)
+def test_the_order_of_the_context_matters_only_under_a_causal_mask(task, regime):
+    order = torch.randperm(N)
+    shuffled = task._replace(context_x=task.context_x[:, :, order], context_y=task.context_y[:, :, order])
+    for mask, same in (("none", True), ("causal", False)):
+        model = make(regime, mask=mask, signal="data" if regime == "implicit" else "both").eval()
+        difference = torch.stack([(a - b).abs().max() for a, b in zip(refine(model, task), refine(model, shuffled))])
+        assert bool((difference < 1e-4).all()) if same else bool((difference > 1e-3).any())
+
+
+@pytest.mark.parametrize("regime", common.REGIMES)
+def test_without_a_mask_training_draws_one_length_for_the_whole_batch(task, regime):
+    """The training pass equals evaluation on some common prefix, and all lengths occur."""
+    model = make(regime, mask="none")
+    past, (x, y) = past_states(model, task), (task.context_x[0], task.context_y[0])
+    on_prefix = torch.stack([model.eval().update(past, x[:, :n], y[:, :n], task.query_x) for n in range(1, N + 1)])
+    model.train()
+    matches = [(model.update(past, x, y, task.query_x) - on_prefix).flatten(1).abs().amax(1) < 1e-5 for _ in range(100)]
+    matches = torch.stack(matches)
+    assert (matches.sum(1) == 1).all() and matches.any(0).all()
+
+
+def test_a_state_of_several_latent_tokens_uses_them_all(task):
+    model = make("explicit", mask="none", latent_tokens=3, signal="both", history=2).eval()
+    state = model.initial_state(task.query_x)
+    assert state.shape == (B, 3 * 6)
+    states = model.update([state, state + 0.1], task.context_x[0], task.context_y[0], task.query_x)
+    assert states.shape == (1, B, 3 * 6)
+    prediction = model.predict(states, task.query_x)
+    assert prediction.shape == (1, B, Q, Y)
+    (gradient,) = torch.autograd.grad(prediction.square().sum(), states)
+    assert (gradient.unflatten(-1, (3, 6)).abs().amax(-1) > 0).all()
+
+
+# ---------------------------------------------------------------- the transformer
+
+
+def copied(block):
+    """PyTorch's own pre-norm layer with the weights of ours."""
+    width = block.norm1.normalized_shape[0]
+    layer = nn.TransformerEncoderLayer(width, block.heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+    with torch.no_grad():
+        layer.self_attn.in_proj_weight.copy_(torch.cat([block.query.weight, block.key_value.weight]))
+        layer.self_attn.in_proj_bias.copy_(torch.cat([block.query.bias, block.key_value.bias]))
+    for theirs, ours in (
+        (layer.self_attn.out_proj, block.out), (layer.linear1, block.mlp[0]), (layer.linear2, block.mlp[2]),
+        (layer.norm1, block.norm1), (layer.norm2, block.norm2),
+    ):  # fmt: skip
+        theirs.load_state_dict(ours.state_dict())
+    return layer
+
+
+def random_transformer(width=16, depth=3, heads=4):
+    torch.manual_seed(2)
+    transformer = Transformer(width, depth, heads)
+    with torch.no_grad():
+        for p in transformer.parameters():
+            p.copy_(0.3 * torch.randn_like(p))
+    return transformer
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_our_transformer_equals_pytorchs_encoder_layers(causal):
+    ours, x = random_transformer(), torch.randn(B, 9, 16)
+    hidden = torch.ones(9, 9, dtype=torch.bool).triu(1) if causal else None  # PyTorch: True where one may not look
+    one = ours.blocks[0]
+    close(one(x, one.memory(x), causal=causal), copied(one)(x, src_mask=hidden))
+    expected = x
+    for block in ours.blocks:
+        expected = copied(block)(expected, src_mask=hidden)
+    close(ours(x, causal), ours.norm(expected), 1e-4)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_context_and_queries_equal_pytorchs_encoder_under_one_joint_mask(causal):
+    """Queries see a prefix of the context of their own, not each other and not themselves; the context sees no query."""
+    ours, context, queries = random_transformer(), torch.randn(B, N, 16), torch.randn(B, Q, 16)
+    visible = torch.arange(N) < torch.randint(1, N + 1, (B, Q, 1))
+    joint = torch.zeros(B, N + Q, N + Q, dtype=torch.bool)
+    joint[:, :N, :N] = torch.ones(N, N, dtype=torch.bool).tril() if causal else True
+    joint[:, N:, :N] = visible
+    x = torch.cat([context, queries], 1)
+    for block in ours.blocks:
+        x = copied(block)(x, src_mask=~joint.repeat_interleave(block.heads, 0))
+    close(ours.read(queries, ours.encode(context, causal), visible[:, None]), ours.norm(x[:, N:]), 1e-4)
+
+
+# ---------------------------------------------------------------- gradients as inputs
+
+
+def softmax_cross_entropy(prediction, y):
+    return -(y * prediction.log_softmax(-1)).sum(-1)
+
+
+@pytest.mark.parametrize("loss", (squared_error, softmax_cross_entropy))
+@pytest.mark.parametrize("regime", ("parametric", "explicit"))
+def test_gradients_of_observations_equal_autograd_one_by_one(task, regime, loss):
+    model = make(regime, loss, signal="grad")
+    x, y = task.context_x[0], F.one_hot(torch.randint(Y, (B, N)), Y).float()
+    state = torch.randn(B, model.theta0.numel())
+    with torch.no_grad():  # as in evaluation
+        at_once = model.gradients(state, x, y)
+    for b in range(B):
+        for n in range(N):
+            one = state[b].clone().requires_grad_()
+            value = loss(model.predict(one, x[b, n : n + 1]), y[b, n : n + 1]).squeeze()
+            close(at_once[b, n], torch.autograd.grad(value, one)[0], 1e-4)
+
+
+@pytest.mark.parametrize("loss", (squared_error, softmax_cross_entropy))
+def test_gradients_of_a_linear_predictor_have_their_closed_form(task, loss):
+    """d/dW of ½|xW - y|² and of cross-entropy on softmax(xW) is x (prediction - y)^T, with the softmax in the latter."""
+    model = make("parametric", loss, signal="grad")
+    x, y = task.context_x[0], F.one_hot(torch.randint(Y, (B, N)), Y).float()
+    state = torch.randn(B, X * Y)
+    for b in range(B):
+        for n in range(N):
+            logits = x[b, n] @ state[b].view(X, Y)
+            error = 2 * (logits - y[b, n]) if loss is squared_error else logits.exp() / logits.exp().sum() - y[b, n]
+            close(model.gradients(state, x, y)[b, n], torch.outer(x[b, n], error).flatten())
+
+
+@pytest.mark.parametrize("regime", ("parametric", "explicit"))
+def test_nothing_backpropagates_through_gradient_inputs(task, regime):
+    model = make(regime, signal="grad")
+    gradients = model.gradients(model.initial_state(task.query_x), task.context_x[0], task.context_y[0])
+    assert not gradients.requires_grad and gradients.grad_fn is None
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("regime", ("parametric", "explicit"))
+def test_the_signal_decides_what_the_update_may_read(task, regime, signal):
+    """`grad` reads observations through their gradients only: with a loss that ignores them, they make no difference."""
+    model = make(regime, lambda prediction, y: prediction.sum(-1) * 0, signal=signal).eval()
+    x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
+    same = torch.equal(model.update(past, x, y, None), model.update(past, x, y + 1, None))
+    assert same == (signal == "grad")
+
+
+def test_every_past_state_is_read(task):
+    for regime in common.REGIMES:
+        model = make(regime, history=3).eval()
+        past = [s.detach().requires_grad_() for s in past_states(model, task)]
+        states = model.update(past, task.context_x[0], task.context_y[0], task.query_x)
+        read = torch.autograd.grad(states.square().sum(), past)
+        assert all(g.abs().max() > 1e-6 for g in read), regime
+
+
+# ---------------------------------------------------------------- the greedy loop
+
+
+CASES = [
+    dict(regime="parametric", signal="both", history=2), dict(regime="parametric", signal="grad", mask="none"),
+    dict(regime="explicit", signal="both", history=2), dict(regime="explicit", signal="data", mask="none", latent_tokens=2),
+    dict(regime="implicit", history=2), dict(regime="implicit", state="latent", mask="none"), dict(regime="implicit", state="softmax"),
+]  # fmt: skip
+
+
+def gradients_of(model):
+    found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_no_gradient_crosses_a_step(task, case):
+    """The greedy loop's gradient is the sum of K gradients of one step, each from states that are plain numbers."""
+    model = make(**case).train()
+    torch.manual_seed(7)
+    states, carry = [model.initial_state(task.query_x)] * model.history, model.carry
+    model.carry = lambda s: states.append(carry(s)) or states[-1]
+    for prediction in refine(model, task):
+        squared_error(prediction, task.query_y).mean().backward()
+    greedy = gradients_of(model)
+
+    torch.manual_seed(7)
+    expected = [torch.zeros_like(g) for g in greedy]
+    for k in range(K):
+        past = [torch.tensor(s.tolist()) for s in states[k : k + model.history]]  # numbers, without any graph
+        past = past if k else [model.initial_state(task.query_x)] * model.history
+        new = model.update(past, task.context_x[k], task.context_y[k], task.query_x)
+        squared_error(model.predict(new, task.query_x), task.query_y).mean().backward()
+        expected = [e + g for e, g in zip(expected, gradients_of(model))]
+    for (name, _), g, e in zip(model.named_parameters(), greedy, expected):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("regime", common.REGIMES)
+def test_memory_does_not_grow_with_the_number_of_steps(task, regime):
+    """Counts the tensors that autograd holds for a backward pass when each step yields."""
+    model = make(regime, history=2).train()
+    alive, counts = weakref.WeakSet(), []
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            alive.add(self)
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        for prediction in refine(model, task):
+            gc.collect()
+            counts.append(len(alive))
+            squared_error(prediction, task.query_y).mean().backward()
+    assert counts[0] > 0 and max(counts[1:]) <= counts[0]
+
+
+@pytest.mark.parametrize("regime", common.REGIMES)
+def test_each_step_reads_its_own_mini_batch_and_the_state_before(task, regime):
+    """Changing mini-batch k leaves the predictions before it alone and changes those from k on: the state carries it."""
+    model = make(regime).eval()
+    before = torch.stack(list(refine(model, task)))
+    changed = task.context_y.clone()
+    changed[2] += 1
+    after = torch.stack(list(refine(model, task._replace(context_y=changed))))
+    moved = (before - after).flatten(1).abs().amax(1)
+    assert (moved[:2] == 0).all() and (moved[2:] > 1e-6).all()
+
+
+@pytest.mark.parametrize("regime", common.REGIMES)
+def test_the_initial_state_learns(task, regime):
+    model = make(regime).train()
+    start = model.theta0 if regime != "implicit" else model.initial
+    for prediction in refine(model, task):
+        squared_error(prediction, task.query_y).mean().backward()
+        break
+    assert start.grad is not None and start.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("regime,signal", [("parametric", "both"), ("explicit", "both"), ("implicit", "data")])
+def test_states_and_gradient_inputs_stay_in_float32_under_bfloat16(task, regime, signal):
+    model = make(regime, signal=signal, history=2).train()
+    model.transformer.dtype = torch.bfloat16
+    inside, states, gradients = [], [], []
+    model.transformer.blocks[0].mlp[0].register_forward_hook(lambda *call: inside.append(call[-1].dtype))
+    carry = model.carry
+    model.carry = lambda s: states.append(s.dtype) or carry(s)
+    if signal == "both":
+        compute = model.gradients
+        model.gradients = lambda *a: gradients.append(compute(*a)) or gradients[-1]
+    for prediction in refine(model, task):
+        assert prediction.dtype == torch.float32
+        squared_error(prediction, task.query_y).mean().backward()
+    assert set(inside) == {torch.bfloat16}, "the transformer must really run in bfloat16"
+    assert set(states) == {torch.float32} and {g.dtype for g in gradients} <= {torch.float32}
+    if gradients:  # not rounded on the way either
+        assert (gradients[0] != gradients[0].bfloat16().float()).any()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_random_prefix_may_be_carried_on_instead_of_the_full_one(task):
+    states = torch.arange(N)[:, None, None].expand(N, 1000, 2)
+    assert (make("parametric").carry(states) == N - 1).all()
+    drawn = make("parametric", carry="random").carry(states)
+    assert drawn.shape == (1000, 2) and (drawn[:, 0] == drawn[:, 1]).all() and set(drawn[:, 0].tolist()) == set(range(N))
+
+
+# ---------------------------------------------------------------- seeds, files, evaluation
+
+
+def test_seeds_are_a_function_of_stream_seed_and_index():
+    def draw(*key):
+        common.seed_all(*key)
+        return torch.randn(4).tolist()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    keys = [(a, b, c) for a in (1, 2, 3) for b in range(3) for c in range(3)]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    common.replace_file(str(path), lambda temporary: common.write_text(temporary, "old"))
+
+    def killed(temporary):
+        common.write_text(temporary, "ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        common.replace_file(str(path), killed)
+    assert path.read_text() == "old"
+    common.replace_file(str(path), lambda temporary: common.write_text(temporary, "new"))
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_evaluation_starts_at_the_initial_state_and_averages_over_queries(task):
+    model = make("parametric").train()
+    values = common.evaluate(model, task, squared_error)
+    assert values.shape == (B, K + 1)
+    initial = linear(model.theta0.expand(B, -1), task.query_x)
+    close(values[:, 0], squared_error(initial, task.query_y).mean(1).detach())
+    last = list(refine(model.eval(), task))[-1][-1]
+    close(values[:, -1], squared_error(last, task.query_y).mean(1).detach())
+
+
+def test_summary_is_the_mean_and_its_standard_error_over_tasks():
+    values = torch.randn(50, 3)
+    found = common.summary([values[:20], values[20:]], name="n")
+    assert found["tasks"] == 50 and found["steps"] == [0, 1, 2] and found["name"] == "n"
+    close(torch.tensor(found["mean"]), values.mean(0))
+    close(torch.tensor(found["stderr"]), values.std(0) / 50**0.5)
+
+
+def test_evaluation_tasks_do_not_depend_on_how_many_are_asked_for():
+    def sample(n):
+        x = torch.randn(n, 2)
+        return Task(x.expand(1, 1, n, 2).transpose(1, 2), x.expand(1, 1, n, 2).transpose(1, 2), x, x)
+
+    few = torch.cat([t.query_x for t in common.evaluation_tasks(sample, 40)])
+    many = torch.cat([t.query_x for t in common.evaluation_tasks(sample, 100)])
+    other = torch.cat([t.query_x for t in common.evaluation_tasks(sample, 40, stream=1)])
+    assert few.shape == (40, 2) and many.shape == (100, 2) and torch.equal(few, many[:40])
+    assert len(many.unique(dim=0)) == 100 and not torch.isin(other, many).any()

@@ -1,0 +1,195 @@
+"""What a run promises: it can be stopped, resumed, evaluated and redrawn without a bit of difference, and never keeps a NaN."""
+
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn as nn
+
+import common
+import linreg
+from conftest import ROOT, SCRIPTS, TINY, call
+
+# ---------------------------------------------------------------- stop, resume, evaluate, redraw
+
+
+TWENTY = "--iters 20 --regime parametric --history 2 --carry random --signal both"  # all that could keep a hidden state
+
+
+def contents(folder):
+    """Everything in a run that must repeat: weights, optimizer, log, results; without times and folders."""
+    checkpoint = torch.load(os.path.join(folder, "checkpoint.pt"), weights_only=True)
+    results = json.load(open(os.path.join(folder, "results.json")))
+    rows = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+    for row in rows:
+        del row["seconds"]
+    for key in ("command", "train_seconds"):
+        del results[key]
+    del checkpoint["train_seconds"]
+    return checkpoint, results, rows
+
+
+def assert_same_run(a, b):
+    (checkpoint_a, results_a, rows_a), (checkpoint_b, results_b, rows_b) = contents(a), contents(b)
+    assert identical(checkpoint_a, checkpoint_b)
+    assert results_a == results_b
+    assert rows_a == rows_b
+
+
+def identical(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_twenty_iterations_equal_ten_an_interrupt_and_ten_more(script, monkeypatch, capsys):
+    module = importlib.import_module(script)
+    monkeypatch.setattr(common.Journal, "every", 4)  # so that the interrupt falls between two rows of the log
+    call(script, TWENTY, "--out straight")
+    sample, calls = module.sample_tasks, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 10:
+            signal.raise_signal(signal.SIGINT)
+        return sample(*args)
+
+    monkeypatch.setattr(module, "sample_tasks", interrupted)
+    call(script, TWENTY, "--out broken")
+    assert "stopped after 10 of 20" in capsys.readouterr().out
+    assert json.load(open("broken/results.json"))["iterations"] == 10, "Ctrl-C evaluates"
+    assert os.path.exists("broken/error.png"), "and plots"
+    call(script, "--resume broken", tiny=False)
+    assert_same_run("straight", "broken")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_a_gpu_is_resumed_there(monkeypatch):
+    """What a checkpoint holds comes back on the CPU, also the rows of the log that are still to be written."""
+    sample, calls = linreg.sample_tasks, []
+    monkeypatch.setattr(linreg, "sample_tasks", lambda *args: (calls.append(1), len(calls) == 10 and signal.raise_signal(signal.SIGINT), sample(*args))[2])
+    call("linreg", TWENTY, "--device cuda --out run")
+    call("linreg", "--resume run --device cuda", tiny=False)
+    assert [json.loads(row)["iteration"] for row in open("run/log.jsonl")] == [20]
+
+
+def python(script, *words):
+    return [sys.executable, os.path.join(ROOT, script), *words]
+
+
+def test_ctrl_c_at_a_random_moment_of_a_real_process_loses_nothing():
+    flags = [*TINY["linreg"].split(), *TWENTY.split(), "--iters", "300"]
+    call("linreg", *flags, "--out straight", tiny=False)
+    process = subprocess.Popen(python("linreg.py", *flags, "--out", "broken"), stderr=subprocess.PIPE, text=True, bufsize=1)
+    seen = ""
+    while "/300" not in seen:  # the bar: training has begun
+        seen += process.stderr.read(1)
+    time.sleep(random.uniform(0, 0.5))
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 0 and "Traceback" not in rest, rest
+    stopped = torch.load("broken/checkpoint.pt", weights_only=True)["iteration"]
+    assert stopped < 300 and json.load(open("broken/results.json"))["iterations"] == stopped
+    subprocess.run(python("linreg.py", "--resume", "broken"), check=True, capture_output=True, timeout=60)
+    assert_same_run("straight", "broken")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resuming_a_finished_run_changes_nothing(script, finished, finished_copy):
+    folder = finished_copy(script)
+    call(script, "--resume", folder, tiny=False)
+    assert_same_run(finished(script), folder)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_evaluating_a_checkpoint_reproduces_its_results(script, finished, finished_copy):
+    folder = finished_copy(script)
+    before = {f: (folder / f).read_bytes() for f in os.listdir(folder)}
+    call(script, "--eval", folder / "checkpoint.pt", tiny=False)
+    trained, again = (json.load(open(f)) for f in (folder / "results.json", folder / "eval" / "results.json"))
+    for key in ("metrics", "baselines", "iterations", "parameters", "train_seconds", "seed"):
+        assert again[key] == trained[key]
+    assert before == {f: (folder / f).read_bytes() for f in before}
+    call(script, "--eval", folder / "checkpoint.pt", "--out more --eval-tasks 50", tiny=False)
+    assert json.load(open("more/results.json"))["metrics"]["id"]["tasks"] == 50
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_plots_are_redrawn_from_the_json_alone(script, finished_copy):
+    folder = finished_copy(script)
+    before = {f: (folder / f).read_bytes() for f in os.listdir(folder)}
+    (folder / "error.png").unlink()
+    call(script, "--plot-only", folder, tiny=False)
+    assert before == {f: (folder / f).read_bytes() for f in os.listdir(folder)}
+    results = json.load(open(folder / "results.json"))
+    results["metrics"]["id"]["mean"][1] += 1
+    json.dump(results, open(folder / "results.json", "w"))
+    call(script, "--plot-only", folder, tiny=False)
+    assert (folder / "error.png").read_bytes() != before["error.png"]
+
+
+# ---------------------------------------------------------------- losses that are no number
+
+
+def stops(capsys, *flags):
+    with pytest.raises(SystemExit) as stop:
+        call("linreg", *flags)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def finite(checkpoint):
+    return all(w.isfinite().all() for w in checkpoint["model"].values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(monkeypatch, capsys):
+    sample, calls = linreg.sample_tasks, []
+
+    def spoiled(*args):
+        task = sample(*args)
+        calls.append(1)
+        if len(calls) == 8:
+            task.context_y[1, 2, 3] = float("nan")
+        return task
+
+    monkeypatch.setattr(linreg, "sample_tasks", spoiled)
+    monkeypatch.setattr(common.Journal, "save_seconds", 0)
+    assert "iteration 8" in stops(capsys, "--iters 20 --out run")
+    kept = torch.load("run/checkpoint.pt", weights_only=True)
+    assert kept["iteration"] == 7 and finite(kept) and not os.path.exists("run/results.json")
+
+
+@pytest.mark.parametrize("iters", (8, 20), ids=("last-iteration", "mid-run"))
+def test_an_update_that_spoils_the_weights_is_not_saved(iters, monkeypatch, capsys):
+    """The loss of the same iteration is still finite: it was computed before the update."""
+    clip, calls = nn.utils.clip_grad_norm_, []
+
+    def spoiled(parameters, most):
+        parameters = list(parameters)
+        clip(parameters, most)
+        calls.append(1)
+        if len(calls) == 8:
+            parameters[0].grad.fill_(float("nan"))
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spoiled)
+    monkeypatch.setattr(common.Journal, "save_seconds", 0)
+    assert "iteration" in stops(capsys, f"--iters {iters} --out run")
+    kept = torch.load("run/checkpoint.pt", weights_only=True)
+    assert kept["iteration"] == 7 and finite(kept)
+
+
+def test_a_learning_rate_beyond_reason_stops_the_run(capsys):
+    assert "iteration" in stops(capsys, "--iters 20 --lr 1e30 --out run")
+    kept = torch.load("run/checkpoint.pt", weights_only=True) if os.path.exists("run/checkpoint.pt") else {"model": {}}
+    assert finite(kept)

@@ -1,0 +1,88 @@
+"""Every script x regime x mask runs at toy size, its variants too, and writes what it promises; and one run learns."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from conftest import SCRIPTS, call
+
+PAIRS = [(regime, mask) for regime in ("parametric", "explicit", "implicit") for mask in ("causal", "none")]
+VARIANTS = [
+    *(f"--regime {regime} --mask {mask}" for regime, mask in PAIRS),
+    *(f"--regime {regime} --mask {mask} --signal {signal} --history 2" for regime, mask in PAIRS[:4] for signal in ("grad", "both")),
+    *(f"--regime {regime} --carry random" for regime in ("parametric", "explicit")),
+    "--regime explicit --mask none --latent-tokens 2 --signal both",
+    "--regime implicit --state latent --history 2",
+    "--regime implicit --state latent --mask none",
+    "--regime parametric --steps 1",
+    "--regime parametric --signal both --history 3 --dtype bfloat16",
+    "--regime implicit --dtype bfloat16",
+]
+KEYS = "command script args data device dtype threads torch seed parameters iterations train_seconds metrics baselines".split()
+
+
+def assert_finite(content):
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list):
+        for part in content:
+            assert_finite(part)
+    elif isinstance(content, (int, float)):
+        assert math.isfinite(content)
+
+
+def check_run(folder, script, steps, iterations):
+    results = json.load(open(os.path.join(folder, "results.json")))
+    assert set(KEYS) <= set(results) and results["script"] == script and results["iterations"] == iterations
+    assert_finite(results)
+    for split, metric in results["metrics"].items():
+        assert metric["steps"] == list(range(2 * steps + 1)), "from the initial state to twice the training"
+        assert len(metric["mean"]) == len(metric["stderr"]) == 2 * steps + 1 and metric["name"] and metric["tasks"] == 4
+        assert results["baselines"][split]
+        for baseline in results["baselines"][split].values():
+            assert len(baseline["steps"]) == len(baseline["mean"]) == len(baseline["stderr"])
+            assert set(baseline["steps"]) <= set(metric["steps"])
+    rows = [json.loads(row) for row in open(os.path.join(folder, "log.jsonl"))]
+    assert rows[-1]["iteration"] == iterations and len(rows[-1]["loss"]) == steps
+    checkpoint = torch.load(os.path.join(folder, "checkpoint.pt"), weights_only=True)
+    assert checkpoint["iteration"] == iterations and checkpoint["script"] == script
+    assert results["parameters"] == sum({w.data_ptr(): w.numel() for w in checkpoint["model"].values()}.values())  # shared ones once
+    with open(os.path.join(folder, "error.png"), "rb") as f:
+        assert f.read(8) == b"\x89PNG\r\n\x1a\n"
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp") or name.startswith(".")]
+    return results
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_smoke(script, variant, capsys):
+    call(script, variant, "--out here")
+    results = check_run("here", script, 1 if "--steps 1" in variant else 2, 3)
+    flags = variant.replace("--", "").split()
+    found = results["args"] | {"dtype": results["dtype"]}
+    assert all(str(found[flag.replace("-", "_")]) == value for flag, value in zip(flags[::2], flags[1::2]))
+    printed = capsys.readouterr().out
+    for split, metric in results["metrics"].items():
+        for step, mean in zip(metric["steps"], metric["mean"]):
+            assert any(line.startswith(split) and f"step {step}:" in line and f"{mean:.3f}" in line for line in printed.splitlines())
+    assert len(os.listdir()) == 1, "everything goes to --out"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_default_folder_is_named_after_the_script_and_what_differs(script):
+    call(script, "--regime explicit")
+    (folder,) = os.listdir("out")
+    assert folder.startswith(script) and "explicit" in folder and "width" in folder and "device" not in folder
+
+
+def test_a_small_model_learns():
+    """Two dimensions, seven observations a step: most of the way from doing nothing (2.25) to the oracle, and steps help."""
+    call("linreg", "--dim 2 --context 7 --queries 16 --tasks 64 --width 24 --depth 2 --iters 500 --lr 4e-3 --steps 3 --eval-tasks 128 --out here")
+    results = json.load(open("here/results.json"))
+    model, oracle = results["metrics"]["id"]["mean"], results["baselines"]["id"]["ridge, all seen"]["mean"]
+    print(model, oracle, results["baselines"]["id"]["nothing"]["mean"])
+    assert model[3] < 0.5 < model[0] and model[3] < model[1]
+    assert 0.2 < oracle[2] < model[3], "held-out queries cannot be answered better than the oracle, and have noise"
