@@ -52,7 +52,7 @@ def get_args(argv=None):
     add("--dim", type=common.number(int, 2), default=2, help="dimension of the points")
     add("--max-clusters", type=common.count, default=10, help="a task has 1 to this many clusters")
     add_flow_flags(parser)
-    parser.set_defaults(regime="implicit", steps=5, context=64, queries=128, tasks=16, iters=2500, lr=2e-3, eval_tasks=100)
+    parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=16, iters=4000, lr=3e-3, eval_tasks=100)
     args = common.parse_args(parser, PRESETS, argv)
     if not args.plot_only:
         refuse(args)
@@ -83,11 +83,13 @@ def path(x0, x1, t):
 
 
 def embed(x, t):
-    """Points x (..., d) at times t (..., 1) as the model's inputs x: (..., 2d + 1). Data are at t = 1.
+    """Points x (..., d) at times t (..., 1) as the model's inputs x (..., 2d + 9). Data are at t = 1.
 
-    Beside x and t, the guess of x_1 that is best if all data were N(0, I): it is where to look among the context's points.
+    Beside x and t: the best guess of x_1 if all data were N(0, I), which is where to look among the context's points; and
+    waves of t, since the velocity is a sum of points with coefficients that change with t, steeply towards t = 1.
     """
-    return torch.cat([x, t, t * x / (t**2 + (1 - t) ** 2)], -1)
+    waves = math.pi * t * torch.arange(1, 5, device=t.device)
+    return torch.cat([x, t * x / (t**2 + (1 - t) ** 2), t, waves.sin(), waves.cos()], -1)
 
 
 def observe(points):
@@ -166,7 +168,7 @@ def generate(model, batches, x, args):
 def make_model(args, dim=None):
     common.seed_all(common.WEIGHTS, args.seed)
     dim = dim or args.dim
-    model = common.REGIMES[args.regime](args, 2 * dim + 1, dim, loss)
+    model = common.REGIMES[args.regime](args, 2 * dim + 9, dim, loss)
     return common.place(model, args)
 
 

@@ -45,11 +45,11 @@ def test_tasks_hold_points_on_the_path_and_their_target():
     torch.manual_seed(0)
     centre = torch.tensor([[[0.7, -0.4]]])
     task = mog_flow.sample_tasks(Density(centre, torch.tensor([1]), torch.tensor([0.0])), 3, mog_args(queries=50))
-    xt, t = task.query_x[..., :2], task.query_x[..., 2:3]
+    xt, t = task.query_x[..., :2], task.query_x[..., 4:5]
     x0 = (xt - t * centre) / (1 - t)
     assert torch.allclose(task.query_y, centre - x0, atol=1e-3)
     assert 0.3 < t.mean() < 0.7 and t.min() < 0.1 and t.max() > 0.9
-    assert task.context_x.shape[:3] == (3, 1, 6) and torch.equal(task.context_x[..., 2], torch.ones(3, 1, 6))  # data are at t = 1
+    assert task.context_x.shape[:3] == (3, 1, 6) and torch.equal(task.context_x[..., 4], torch.ones(3, 1, 6))  # data are at t = 1
     assert torch.allclose(task.context_x[..., :2], centre.expand(3, 1, 6, 2)) and not task.context_y.any()
 
 
@@ -129,7 +129,7 @@ def test_exact_field_of_one_cluster_is_the_gaussian_one():
 def test_generating_with_memories_equals_the_greedy_loop():
     """One Euler step of size 1 from t = 0: noise + the velocity that `common.refine` gives, with the same mini-batches."""
     torch.manual_seed(0)
-    args = mog_args(width=16, heads=2, depth=2, history=2, mask="causal", state="logits", solver="euler", ode_steps=1, seed=0, checkpoint=None)
+    args = mog_args(width=16, heads=2, depth=2, history=2, mask="none", carry="full", state="logits", solver="euler", ode_steps=1, seed=0, checkpoint=None)
     args.regime, args.dtype, args.compile = "implicit", "float32", False
     model = mog_flow.make_model(args).eval()
     batches, noise = torch.randn(3, 4, 6, 2), torch.randn(4, 7, 2)
