@@ -69,7 +69,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         with torch.no_grad():  # start from attention by similarity: it shortens the plateau of in-context learning
             self.key_value.weight[:width] = self.query.weight
 
@@ -399,6 +399,7 @@ def parse_args(parser, presets, argv=None):
     args.device, args.dtype, reason = pick_device(args.device, args.dtype)
     changed = [f"{flag}_{value}" for flag, value in sorted(given.items()) if value != defaults[flag] and flag not in RUNTIME]
     beside = os.path.join(os.path.dirname(args.eval or ""), "eval")
+    args.out_given = bool(args.out)
     args.out = args.resume or args.out or (beside if args.eval else "out/" + "-".join([script, *changed]))
     check_out(args)
     args.description = {
@@ -430,8 +431,9 @@ def pick_device(device, dtype):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         kind = torch.zeros(1, device=device).device.type
-        assert kind in ("cpu", "cuda", "mps")
     except (RuntimeError, AssertionError, NotImplementedError):
+        kind = None
+    if kind not in ("cpu", "cuda", "mps"):
         fail(f"--device {device}: this machine (or this build of torch) does not have it")
     # torch.cuda.is_bf16_supported() is true on chips that only emulate bfloat16: ask for the hardware generation.
     native = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -661,10 +663,10 @@ def summary(chunks, steps=None, **extra):
     return extra | {"steps": steps, "mean": values.mean(0).tolist(), "stderr": stderr.tolist(), "tasks": len(values)}
 
 
-def machine():
+def machine(device):
     """The processor, for results.json: numbers without a machine cannot be compared."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
             return next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
@@ -674,7 +676,7 @@ def machine():
 def write_results(args, model, data, iterations, seconds, metrics, baselines):
     """Prints one line per evaluation and writes results.json."""
     results = args.description | {
-        "data": data, "device": args.device, "machine": machine(), "dtype": args.dtype,
+        "data": data, "device": args.device, "machine": machine(args.device), "dtype": args.dtype,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed,
         "parameters": sum(p.numel() for p in model.parameters()), "iterations": iterations,
         "train_seconds": round(seconds, 1), "metrics": metrics, "baselines": baselines,
@@ -710,17 +712,23 @@ def plot_steps(out, results, log_scale=False):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by the colour-blind too
     metrics, log, K = results["metrics"], read_log(out), results["args"]["steps"]
     fig, axes = plt.subplots(1, len(metrics) + bool(log), figsize=(4.6 * (len(metrics) + bool(log)), 3.8), squeeze=False)
     for ax, (split, m) in zip(axes[0], metrics.items()):
-        ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color="C0", lw=2, capsize=3, label="this model", zorder=3)
+        ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label="this model", zorder=3)
         for i, (name, b) in enumerate(results["baselines"].get(split, {}).items(), 1):
-            ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=f"C{i}", label=name)
+            ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=colors[i], label=name)
         ax.axvline(K, color="0.7", lw=1, zorder=0)
         ax.text(K, 0.985, " trained up to here", transform=ax.get_xaxis_transform(), fontsize=7, color="0.4", va="top")
-        ax.set(title=f"{'in distribution' if split == 'id' else 'out of distribution'}: {m['data']}", xlabel="mini-batches seen", ylabel=m["name"])
-        ax.set_yscale("log" if log_scale else "linear")
+        ax.set(title=("in" if split == "id" else "out of") + f" distribution: {m['data']}", xlabel="mini-batches seen", ylabel=m["name"])
+        if log_scale:
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
     if log:
@@ -730,8 +738,9 @@ def plot_steps(out, results, log_scale=False):
         ax.set(title="training loss of each step", xlabel="iteration")
         ax.legend(fontsize=7, ncols=2 if K > 5 else 1)
         ax.grid(alpha=0.3)
-    signal_used = "" if results["args"]["regime"] == "implicit" else f", {results['args']['signal']}"
-    fig.suptitle(f"{results['script']} on {results['data']}: {results['args']['regime']}{signal_used}, {results['iterations']} iterations, seed {results['seed']}")
+    args = results["args"]
+    kind = args["regime"] if args["regime"] == "implicit" else f"{args['regime']}, signal {args['signal']}"
+    fig.suptitle(f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}", fontsize=11)
     fig.tight_layout()
     replace_file(os.path.join(out, "error.png"), lambda path: fig.savefig(path, dpi=130, format="png"))
     plt.close(fig)

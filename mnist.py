@@ -34,7 +34,7 @@ def get_args(argv=None):
     add("--dataset", choices=("auto", "mnist", "fmnist", "glyphs"), default="auto", help="auto: mnist, or drawn digits where it cannot be had")
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="where torchvision's MNIST/ and FashionMNIST/ lie or go (default: $IAI_DATA or data/)")
     add("--dim", type=common.count, default=100, help="dimension of the random projection")
-    parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=32, iters=2800, lr=3e-3)
+    parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=32, iters=3600, lr=3e-3)
     return common.parse_args(parser, PRESETS, argv)
 
 
@@ -49,6 +49,8 @@ def read_idx(path):
     try:
         raw = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
         shape = np.frombuffer(raw, ">i4", raw[3], 4)
+        if raw[:3] != b"\0\0\x08" or not len(shape) or shape.min() < 0:  # two zeros, then 8 for unsigned bytes
+            raise ValueError
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
     except (OSError, EOFError, ValueError, IndexError, gzip.zlib.error):
         common.fail(f"{path} is damaged: delete it (and its .gz) to download it again")
@@ -131,7 +133,7 @@ def load(args):
     if images is None:
         print(f"WARNING: MNIST is not in {args.data_dir} and cannot be downloaded: drawing GLYPHS instead. Nothing below is about MNIST.")
         dataset = "glyphs"
-        if args.out.startswith("out/mnist"):  # a default folder: runs on real data and on drawn digits never share one
+        if not args.out_given:  # runs on real data and on drawn digits never share a folder by default
             args.out += "-glyphs"
             common.check_out(args)
         images = load_images(dataset, args)

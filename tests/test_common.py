@@ -86,9 +86,8 @@ def test_implicit_queries_under_their_own_prefixes_equal_a_loop_over_queries(tas
     model = make("implicit", history=history).train()
     x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
     lengths = torch.randint(1, N + 1, (B, Q, 1))
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: lengths)
+    monkeypatch.setattr(common, "draw_size", lambda *_, **__: lengths)
     together = model.update(past, x, y, task.query_x)[0]
-    monkeypatch.undo()
     model.eval()
     for b in range(B):
         for q in range(Q):
@@ -98,8 +97,9 @@ def test_implicit_queries_under_their_own_prefixes_equal_a_loop_over_queries(tas
             close(together[one], alone[0])
 
 
-def test_prefix_lengths_are_drawn_from_one_to_the_whole_context_for_each_query_and_task(task, monkeypatch):
-    model, seen = make("implicit").train(), []
+@pytest.mark.parametrize("carry,whole", (("random", 1 / N), ("full", 1 / 2 + 1 / 2 / N)))
+def test_prefix_lengths_are_drawn_from_one_to_the_whole_context_for_each_query_and_task(task, carry, whole, monkeypatch):
+    model, seen = make("implicit", carry=carry).train(), []
     monkeypatch.setattr(model.transformer, "read", lambda tokens, memories, visible: seen.append(visible) or tokens)
     for _ in range(300):
         model.update([model.initial_state(task.query_x)], task.context_x[0], task.context_y[0], task.query_x)
@@ -108,7 +108,8 @@ def test_prefix_lengths_are_drawn_from_one_to_the_whole_context_for_each_query_a
     lengths = visible.sum(-1).flatten(0, 2)
     assert bool((visible == (torch.arange(N) < visible.sum(-1, keepdim=True))).all()), "a prefix, not a subset"
     shares = torch.stack([(lengths == n).float().mean() for n in range(N + 1)])
-    assert shares[0] == 0 and (shares[1:] - 1 / N).abs().max() < 0.03
+    expected = torch.tensor([0] + [(1 - whole) / (N - 1)] * (N - 1) + [whole])
+    assert shares[0] == 0 and (shares - expected).abs().max() < 0.03
     assert (lengths[:, :1] != lengths).any(0)[1:].all(), "queries share a length"
 
 
@@ -168,7 +169,7 @@ def test_a_state_of_several_latent_tokens_uses_them_all(task):
 def copied(block):
     """PyTorch's own pre-norm layer with the weights of ours."""
     width = block.norm1.normalized_shape[0]
-    layer = nn.TransformerEncoderLayer(width, block.heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+    layer = nn.TransformerEncoderLayer(width, block.heads, block.mlp[0].out_features, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
     with torch.no_grad():
         layer.self_attn.in_proj_weight.copy_(torch.cat([block.query.weight, block.key_value.weight]))
         layer.self_attn.in_proj_bias.copy_(torch.cat([block.query.bias, block.key_value.bias]))
@@ -267,6 +268,27 @@ def test_the_signal_decides_what_the_update_may_read(task, regime, signal):
     assert same == (signal == "grad")
 
 
+@pytest.mark.parametrize("mask", ("causal", "none"))
+@pytest.mark.parametrize("regime", ("parametric", "explicit"))
+def test_the_transformer_says_how_to_change_the_newest_state(task, regime, mask):
+    model = make(regime, mask=mask, history=3).eval()
+    past, change = past_states(model, task), torch.randn(model.theta0.numel())
+    with torch.no_grad():
+        model.decoder.weight.zero_()
+        model.decoder.bias.copy_(change)
+    close(model.update(past, task.context_x[0], task.context_y[0], task.query_x)[0], past[-1] + change)
+
+
+def test_a_softmax_state_is_read_as_probabilities_and_kept_as_logits(task):
+    """The same weights on logits that are probabilities already; and the prediction is the state itself."""
+    on_logits, on_softmax = make("implicit").eval(), make("implicit", state="softmax").eval()
+    state, rest = torch.randn(B, Q, Y), (task.context_x[0], task.context_y[0], task.query_x)
+    new = on_softmax.update([state], *rest)
+    close(new, on_logits.update([state.softmax(-1)], *rest))
+    assert (new - on_logits.update([state], *rest)).abs().max() > 1e-3
+    assert torch.equal(on_softmax.predict(new, task.query_x), new)
+
+
 def test_every_past_state_is_read(task):
     for regime in common.REGIMES:
         model = make(regime, history=3).eval()
@@ -346,14 +368,12 @@ def test_each_step_reads_its_own_mini_batch_and_the_state_before(task, regime):
     assert (moved[:2] == 0).all() and (moved[2:] > 1e-6).all()
 
 
-@pytest.mark.parametrize("regime", common.REGIMES)
-def test_the_initial_state_learns(task, regime):
-    model = make(regime).train()
-    start = model.theta0 if regime != "implicit" else model.initial
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_every_parameter_learns_and_the_initial_state_with_them(task, case):
+    model = make(**case).train()
     for prediction in refine(model, task):
         squared_error(prediction, task.query_y).mean().backward()
-        break
-    assert start.grad is not None and start.grad.abs().max() > 0
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 @pytest.mark.parametrize("regime,signal", [("parametric", "both"), ("explicit", "both"), ("implicit", "data")])
@@ -418,8 +438,20 @@ def test_evaluation_starts_at_the_initial_state_and_averages_over_queries(task):
     assert values.shape == (B, K + 1)
     initial = linear(model.theta0.expand(B, -1), task.query_x)
     close(values[:, 0], squared_error(initial, task.query_y).mean(1).detach())
-    last = list(refine(model.eval(), task))[-1][-1]
-    close(values[:, -1], squared_error(last, task.query_y).mean(1).detach())
+
+
+@pytest.mark.parametrize("mask", ("causal", "none"))
+@pytest.mark.parametrize("regime", common.REGIMES)
+def test_evaluation_reads_whole_mini_batches(task, regime, mask):
+    """After each step, the last observation of its mini-batch makes a difference, for every task and query."""
+    model = make(regime, mask=mask).train()
+    before = common.evaluate(model, task, lambda prediction, y: prediction.sum(-1))
+    for k in range(K):
+        changed = task.context_y.clone()
+        changed[k, :, -1] += 1
+        after = common.evaluate(model.train(), task._replace(context_y=changed), lambda prediction, y: prediction.sum(-1))
+        moved = (after - before).abs() > 1e-6
+        assert not moved[:, : k + 1].any() and moved[:, k + 1].all()
 
 
 def test_summary_is_the_mean_and_its_standard_error_over_tasks():

@@ -13,9 +13,9 @@ PAIRS = [(regime, mask) for regime in ("parametric", "explicit", "implicit") for
 VARIANTS = [
     *(f"--regime {regime} --mask {mask}" for regime, mask in PAIRS),
     *(f"--regime {regime} --mask {mask} --signal {signal} --history 2" for regime, mask in PAIRS[:4] for signal in ("grad", "both")),
-    *(f"--regime {regime} --carry random" for regime in ("parametric", "explicit")),
+    *(f"--regime {regime} --mask {mask} --carry random" for regime, mask in PAIRS),
     "--regime explicit --mask none --latent-tokens 2 --signal both",
-    "--regime implicit --state latent --history 2",
+    "--regime implicit --state latent --mask causal --history 2",
     "--regime implicit --state latent --mask none",
     "--regime parametric --steps 1",
     "--regime parametric --signal both --history 3 --dtype bfloat16",
@@ -83,6 +83,5 @@ def test_a_small_model_learns():
     call("linreg", "--dim 2 --context 7 --queries 16 --tasks 64 --width 24 --depth 2 --iters 500 --lr 4e-3 --steps 3 --eval-tasks 128 --out here")
     results = json.load(open("here/results.json"))
     model, oracle = results["metrics"]["id"]["mean"], results["baselines"]["id"]["ridge, all seen"]["mean"]
-    print(model, oracle, results["baselines"]["id"]["nothing"]["mean"])
     assert model[3] < 0.5 < model[0] and model[3] < model[1]
     assert 0.2 < oracle[2] < model[3], "held-out queries cannot be answered better than the oracle, and have noise"

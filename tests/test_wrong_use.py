@@ -69,7 +69,7 @@ FLAGS = [  # flags, what the line must name
     ("--regime explicit --state latent", "--state"),
     ("--regime parametric --latent 8", "--latent"),
     ("--regime implicit --hidden 8", "--hidden"),
-    ("--regime explicit --latent-tokens 2", "--latent-tokens"),
+    ("--regime explicit --mask causal --latent-tokens 2", "--latent-tokens"),
     ("--regime parametric --mask none --latent-tokens 2", "--latent-tokens"),
     ("--device cuda:99", "cuda:99"),
     ("--device gpu", "gpu"),
