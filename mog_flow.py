@@ -22,7 +22,8 @@ from scipy.optimize import linear_sum_assignment
 import common
 from common import Task, refine
 
-PRESETS = {"paper": dict(max_clusters=100, context=100, queries=256, tasks=128, width=256, depth=4, heads=4, iters=50_000, lr=3e-4, points=512)}
+# paper: up to 100 clusters. sibling: width, depth, heads, tasks. choice: the rest.
+PRESETS = {"paper": dict(max_clusters=100, context=200, queries=256, tasks=128, width=256, depth=4, heads=4, iters=50_000, lr=3e-4, points=512)}
 SPREAD, STD = 5.0, 0.3  # paper: of the means, and of a cluster
 UNIT = SPREAD  # models see points divided by this, so that data and the noise that flows start from are alike in size
 
@@ -41,7 +42,7 @@ def add_flow_flags(parser):
 def refuse(args):
     """What the shared flags allow and a flow does not."""
     if args.regime != "implicit":
-        common.fail(f"--regime {args.regime} would need a fixed or latent-conditioned vector field; flows are refined by --regime implicit only")
+        common.fail(f"--regime {args.regime} needs a predictor with parameters or a latent; a flow's velocities are refined by --regime implicit only")
     if args.state == "softmax":
         common.fail("--state softmax is for classes; a velocity has no softmax")
 
@@ -52,7 +53,7 @@ def get_args(argv=None):
     add("--dim", type=common.number(int, 2), default=2, help="dimension of the points")
     add("--max-clusters", type=common.count, default=10, help="a task has 1 to this many clusters")
     add_flow_flags(parser)
-    parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=16, iters=4000, lr=3e-3, eval_tasks=100)
+    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=16, iters=7000, lr=3e-3, eval_tasks=100)
     args = common.parse_args(parser, PRESETS, argv)
     if not args.plot_only:
         refuse(args)
@@ -360,18 +361,18 @@ def plot_excess(path, results):
     """W2 and W1 beyond the floor against the step: how far each row is from being as good as fresh points."""
     import matplotlib.pyplot as plt
 
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # as in error.png
     panels = [(split, key) for split in results["metrics"] for key in ("excess", "w1_excess")]
     fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.7))
     for ax, (split, key) in zip(axes, panels):
         m, beside = results["metrics"][split], results["baselines"][split]
-        ax.errorbar(m["steps"], m[key]["mean"], m[key]["stderr"], fmt="o-", color="C0", lw=2, capsize=3, label="this model", zorder=3)
+        ax.errorbar(m["steps"], m[key]["mean"], m[key]["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label="this model", zorder=3)
         for i, (name, b) in enumerate(beside.items(), 1):
-            ax.plot(b["steps"], b[key]["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=f"C{i}", label=name)
+            ax.plot(b["steps"], b[key]["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=colors[i], label=name)
         ax.axvline(results["args"]["steps"], color="0.7", lw=1, zorder=0)
         top = max(beside["one Gaussian"][key]["mean"] + m[key]["mean"][1:])  # step 0 has seen nothing and would dwarf the rest
-        ax.set(title=f"{split}: {m['data']}", xlabel="mini-batches seen", ylabel=f"{'W2' if key == 'excess' else 'W1'} beyond fresh samples")
-        ax.set_ylim(-0.1 * top, 1.2 * top)
-        ax.title.set_fontsize(9)
+        ax.set_title(f"{split}: {m['data']}", fontsize=9)
+        ax.set(xlabel="mini-batches seen", ylabel=f"{'W2' if key == 'excess' else 'W1'} beyond fresh samples", ylim=(-0.1 * top, 1.2 * top))
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
     fig.tight_layout()
@@ -401,8 +402,7 @@ def report(metrics, baselines, K):
     """The excess over the floor, row by row: W2 itself says little, since its floor depends on --points."""
     for split, m in metrics.items():
         for name, row in [("this model", m), *baselines[split].items()]:
-            one, last = row["steps"].index(1), row["steps"].index(K)
-            cells = ["{:+.3f} +- {:.3f}".format(row[key]["mean"][k], row[key]["stderr"][k]) for key in ("excess", "w1_excess") for k in (one, last)]
+            cells = [f"{row[key]['mean'][k]:+.3f} +- {row[key]['stderr'][k]:.3f}" for key in ("excess", "w1_excess") for k in map(row["steps"].index, (1, K))]
             print(f"{split} beyond the floor, steps 1 and {K}: W2 {cells[0]}, {cells[1]}; W1 {cells[2]}, {cells[3]} | {name}")
 
 
