@@ -1,0 +1,422 @@
+"""Flow matching in context on mixtures of Gaussians; the vector field is refined over mini-batches (sec. 9.4; table 6).
+
+A task is a mixture in `--dim` dimensions: 1 to `--max-clusters` equal clusters, means ~ N(0, 5^2), std 0.3. On the path
+x_t = (1 - t) x_0 + t x_1 from noise x_0 to a point x_1 of the mixture, the model infers the velocity E[x_1 - x_0 | x_t]
+from `--context` points of the mixture, and refines it with each further mini-batch. Following it from t = 0 to 1
+generates points. K is the number of mini-batches behind a velocity, not the number of steps of the ODE solver.
+
+    python mog_flow.py                              # 2-d, up to 10 clusters
+    python mog_flow.py --dim 5
+    python mog_flow.py --preset paper               # up to 100 clusters; one GPU
+"""
+
+import collections
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn as nn
+from scipy.optimize import linear_sum_assignment
+
+import common
+from common import Task, refine
+
+# paper: up to 100 clusters. sibling: width, depth, heads, tasks. choice: the rest.
+PRESETS = {"paper": dict(max_clusters=100, context=200, queries=256, tasks=128, width=256, depth=4, heads=4, iters=50_000, lr=3e-4, points=512)}
+SPREAD, STD = 5.0, 0.3  # paper: of the means, and of a cluster
+UNIT = SPREAD  # models see points divided by this, so that data and the noise that flows start from are alike in size
+
+# What a task's points are drawn from: equal Gaussians around the first `count` (B,) of `centres` (B, C, d); std (B,).
+Density = collections.namedtuple("Density", "centres count std")
+
+
+def add_flow_flags(parser):
+    """Flags of flow matching; alphabets.py has them too."""
+    add = parser.add_argument_group("flow matching").add_argument
+    add("--solver", choices=SOLVERS, default="heun", help="fixed-step ODE solver; midpoint and heun read the field twice a step")
+    add("--ode-steps", type=common.count, default=8, help="steps of the solver from noise (t = 0) to data (t = 1)")
+    add("--points", type=common.number(int, 2), default=256, help="generated and true points per task in W2 and W1, which depend on it")
+
+
+def refuse(args):
+    """What the shared flags allow and a flow does not."""
+    if args.regime != "implicit":
+        common.fail(f"--regime {args.regime} needs a predictor with parameters or a latent; a flow's velocities are refined by --regime implicit only")
+    if args.state == "softmax":
+        common.fail("--state softmax is for classes; a velocity has no softmax")
+
+
+def get_args(argv=None):
+    parser = common.make_parser("mog_flow", __doc__)
+    add = parser.add_argument_group("mixtures of Gaussians").add_argument
+    add("--dim", type=common.number(int, 2), default=2, help="dimension of the points")
+    add("--max-clusters", type=common.count, default=10, help="a task has 1 to this many clusters")
+    add_flow_flags(parser)
+    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=16, iters=7000, lr=3e-3, eval_tasks=100)
+    args = common.parse_args(parser, PRESETS, argv)
+    if not args.plot_only:
+        refuse(args)
+    return args
+
+
+# ---------------------------------------------------------------- the task
+
+
+def sample_densities(B, args):
+    """B mixtures, in the model's units. That all clusters of a mixture weigh the same is our choice."""
+    centres = SPREAD / UNIT * torch.randn(B, args.max_clusters, args.dim, device=args.device)
+    count = torch.randint(1, args.max_clusters + 1, (B,), device=args.device)
+    return Density(centres, count, torch.full((B,), STD / UNIT, device=args.device))
+
+
+def draw(density, n):
+    """n points of each density (B, n, d)."""
+    centres, count, std = density
+    index = (torch.rand(len(count), n, device=count.device) * count[:, None]).long()
+    points = centres.gather(1, index[..., None].expand(-1, -1, centres.shape[-1]))
+    return points + std[:, None, None] * torch.randn_like(points)
+
+
+def path(x0, x1, t):
+    """The linear path and its velocity, which is the target: x_t and dx_t / dt."""
+    return (1 - t) * x0 + t * x1, x1 - x0
+
+
+def embed(x, t):
+    """Points x (..., d) at times t (..., 1) as the model's inputs x (..., 2d + 9). Data are at t = 1.
+
+    Beside x and t: the best guess of x_1 if all data were N(0, I), which is where to look among the context's points; and
+    waves of t, since the velocity is a sum of points with coefficients that change with t, steeply towards t = 1.
+    """
+    waves = math.pi * t * torch.arange(1, 5, device=t.device)
+    return torch.cat([x, t * x / (t**2 + (1 - t) ** 2), t, waves.sin(), waves.cos()], -1)
+
+
+def observe(points):
+    """Points (..., N, d) as observations [x, y]: at time 1, and of no velocity."""
+    return embed(points, torch.ones_like(points[..., :1])), torch.zeros_like(points)
+
+
+def sample_tasks(density, K, args):
+    """K mini-batches of points and, as queries, points on their way at times t ~ U(0, 1)."""
+    context_x, context_y = observe(torch.stack([draw(density, args.context) for _ in range(K)]))
+    x1 = draw(density, args.queries)
+    x0, t = torch.randn_like(x1), torch.rand_like(x1[..., :1])
+    xt, velocity = path(x0, x1, t)
+    return Task(context_x, context_y, embed(xt, t), velocity)
+
+
+def loss(prediction, y):
+    return (prediction - y).square().sum(-1)
+
+
+# ---------------------------------------------------------------- the flow
+
+
+def exact_field(density, x, t):
+    """E[x_1 - x_0 | x_t = x] of a mixture, which is what a perfect model infers: x (B, Q, d), t (B, Q, 1) -> (B, Q, d)."""
+    centres, count, std = density[0][:, None], density.count[:, None, None], density.std[:, None, None]
+    variance = (1 - t) ** 2 + (t * std) ** 2  # of x_t within a cluster (B, Q, 1)
+    offset = x[:, :, None] - t[..., None] * centres  # (B, Q, C, d)
+    logits = -offset.square().sum(-1) / (2 * variance)
+    logits = logits.masked_fill(torch.arange(centres.shape[2], device=x.device) >= count, -math.inf)
+    slope = (t * std**2 - (1 - t)) / variance
+    return (logits.softmax(-1)[..., None] * (centres + slope[..., None] * offset)).sum(2)
+
+
+def euler(field, x, t, h):
+    return x + h * field(x, t)
+
+
+def midpoint(field, x, t, h):
+    return x + h * field(x + h / 2 * field(x, t), t + h / 2)
+
+
+def heun(field, x, t, h):
+    v = field(x, t)
+    return x + h / 2 * (v + field(x + h * v, t + h))
+
+
+SOLVERS = {"euler": euler, "midpoint": midpoint, "heun": heun}
+
+
+def integrate(field, x, args):
+    """Follows field(x, t) from noise x (B, n, d) at t = 0 to t = 1."""
+    for i in range(args.ode_steps):
+        t = torch.full_like(x[..., :1], i / args.ode_steps)
+        x = SOLVERS[args.solver](field, x, t, 1 / args.ode_steps)
+    return x
+
+
+def generate(model, batches, x, args):
+    """Noise x (B, n, d) -> points, each velocity refined with all `batches` (k, B, N, d), whose keys and values are computed once."""
+    memories = [model.encode(*observe(batch)) for batch in batches]
+
+    def field(x, t):
+        query_x = embed(x, t)
+        past = [model.initial_state(query_x)] * model.history
+        for memory in memories:  # `refine`, with the mini-batches encoded beforehand
+            past = past[1:] + [model.carry(model.read(past, memory, query_x))]
+        return model.predict(past[-1][None], query_x)[0]
+
+    return integrate(field, x, args)
+
+
+# ---------------------------------------------------------------- training
+
+
+def make_model(args, dim=None):
+    common.seed_all(common.WEIGHTS, args.seed)
+    dim = dim or args.dim
+    model = common.REGIMES[args.regime](args, 2 * dim + 9, dim, loss)
+    return common.place(model, args)
+
+
+def train(model, args, sample=sample_densities):
+    """Greedy training (eqs. 9, 19-22): K losses, their gradients accumulated, one optimizer step."""
+    optimizer = common.make_optimizer(model, args)
+    journal = common.Journal(model, optimizer, args)
+    model.train()
+    for iteration in journal:
+        common.seed_all(common.TRAINING, args.seed, iteration)
+        common.set_learning_rate(optimizer, iteration, args)
+        task = sample_tasks(sample(args.tasks, args), args.steps, args)
+        losses = []
+        for prediction in refine(model, task):  # (1, B, Q, d)
+            step_loss = loss(prediction, task.query_y).mean()
+            (step_loss / args.steps).backward()  # at once: memory does not grow with K
+            losses.append(step_loss.detach())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        journal.log(losses, losses[0] - losses[-1])  # the metric: what refinement gains, most noise cancelled
+    return journal.iteration, journal.seconds
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def wasserstein(a, b, p):
+    """Exact W_p between n and n points: ( min over pairings of the mean distance^p )^(1/p). a, b (B, n, d) -> (B,)."""
+    costs = torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy() ** p
+    return torch.tensor([cost[linear_sum_assignment(cost)].mean() ** (1 / p) for cost in costs])
+
+
+def kernels(points, std=0.0):
+    """The kernel density estimate from points (B, N, d); with std 0, the points themselves."""
+    B, N, _ = points.shape
+    return Density(points, torch.full((B,), N, device=points.device), torch.full((B,), std, device=points.device))
+
+
+def best_bandwidth(sample, n, args):
+    """Of kernel density estimates from n points, the bandwidth likeliest for fresh points of 32 separate tasks."""
+    common.seed_all(common.EVALUATION, 1000, n)
+    density = sample(32, args)
+    squares = torch.cdist(draw(density, 256), draw(density, n)).square()  # (B, fresh, n)
+
+    def likelihood(std):
+        return float((-squares / (2 * std**2)).logsumexp(-1).mean()) - density.centres.shape[-1] * math.log(std)
+
+    return max((float(density.std[0]) * np.logspace(-0.5, 1.5, 13)).tolist(), key=likelihood)
+
+
+def one_gaussian(points, n):
+    """n draws from the Gaussian with the mean and covariance of points (B, N, d)."""
+    (B, N, d), mean = points.shape, points.mean(1, keepdim=True)
+    covariance = (points - mean).mT @ (points - mean) / N + 1e-6 * torch.eye(d, device=points.device)  # N may be below d
+    return mean + torch.randn(B, n, d, device=points.device) @ torch.linalg.cholesky(covariance).mT
+
+
+FLOOR, EXACT = "fresh samples (floor)", "exact field, same solver"  # rows that have seen no context
+
+
+@torch.no_grad()
+def compare(model, args, split, sample, unit, stream):
+    """W2 and W1 to the same true points, after 0 ... K, 1.5 K and 2 K fresh mini-batches, of the model and of what stands beside it.
+
+    The floor is the mean over four draws of as many fresh points; the excess over it is what counts, and is taken task by
+    task. Saves the points of the first tasks for the pictures. -> metric and baselines of this split for results.json
+    """
+    model.eval()
+    K, n, rows = args.steps, args.points, collections.defaultdict(list)
+    steps = sorted({*range(K + 1), 3 * K // 2, 2 * K})
+    bandwidth = [best_bandwidth(sample, k * args.context, args) for k in steps[1:]]
+    for index, first in enumerate(range(0, args.eval_tasks, 32)):
+        common.seed_all(common.EVALUATION, stream, index)  # always 32 tasks, then cut: they do not depend on --eval-tasks
+        density, cut = sample(32, args), min(32, args.eval_tasks - first)
+        batches = torch.stack([draw(density, args.context) for _ in range(2 * K)])[:, :cut]  # (2K, B, N, d)
+        truth, *fresh = (draw(density, n)[:cut] for _ in range(5))
+        density, noise = Density(*(field[:cut] for field in density)), torch.randn_like(truth)
+        seen = [batches[:k].transpose(0, 1).flatten(1, 2) for k in steps[1:]]  # (B, k N, d)
+        answers = {
+            "this model": [generate(model, batches[:k], noise, args) for k in steps],
+            FLOOR: fresh,
+            EXACT: [integrate(lambda x, t: exact_field(density, x, t), noise, args)],
+            "kernel density": [draw(kernels(points, std), n) for points, std in zip(seen, bandwidth)],
+            "context resampled": [draw(kernels(points), n) for points in seen],
+            "one Gaussian": [one_gaussian(points, n) for points in seen],
+        }
+        for name, points in answers.items():  # (2, tasks, steps)
+            rows[name].append(unit * torch.stack([torch.stack([wasserstein(x, truth, p) for x in points], 1) for p in (2, 1)]))
+        if first == 0:
+            os.makedirs(args.out, exist_ok=True)
+            pictures = dict(batches=batches, generated=torch.stack(answers["this model"]), truth=truth)
+            pictures = {name: unit * points[..., :8, :, :].cpu().numpy() for name, points in pictures.items()}
+            np.savez_compressed(os.path.join(args.out, f"points_{split}.npz"), **pictures)
+    rows = {name: torch.cat(chunks, 1) for name, chunks in rows.items()}
+    floor = rows[FLOOR] = rows[FLOOR].mean(-1, keepdim=True)
+
+    def summarize(row, steps, **extra):
+        (w2, w1), (excess, w1_excess) = rows[row].expand(-1, -1, len(steps)), (rows[row] - floor).expand(-1, -1, len(steps))
+        for name, values in dict(w1=w1, excess=excess, w1_excess=w1_excess).items():
+            full = common.summary([values])
+            extra[name] = {"mean": full["mean"], "stderr": full["stderr"]}
+        return common.summary([w2], steps, **extra)
+
+    beside = {name: summarize(name, steps if name in (FLOOR, EXACT) else steps[1:]) for name in rows if name != "this model"}
+    return summarize("this model", steps, name=f"W2, {n} points"), beside
+
+
+def evaluate(model, args):
+    metric, baselines = compare(model, args, "id", sample_densities, UNIT, stream=0)
+    return {"id": metric | {"data": data_name(args)}}, {"id": baselines}
+
+
+def data_name(args):
+    return f"mixtures of up to {args.max_clusters} Gaussians, dim {args.dim}"
+
+
+# ---------------------------------------------------------------- plot
+
+
+def scatter(ax, points, color, **style):
+    return ax.scatter(*points[:, :2].T, **(dict(s=4, color=color, lw=0) | style))
+
+
+def frame(ax, truth):
+    """A square around the true points (n, d), of which the first two coordinates are drawn."""
+    low, high = truth[:, :2].min(0), truth[:, :2].max(0)
+    (x, y), half = (low + high) / 2, 0.6 * (high - low).max() + 0.1
+    ax.set(xlim=(x - half, x + half), ylim=(y - half, y + half), xticks=[], yticks=[], aspect="equal")
+
+
+def plot_grid(path, batches, generated, truth, K, title):
+    """Tasks x {context, 1 step, K / 2, K, truth}; the truth is grey under all generated points."""
+    import matplotlib.pyplot as plt
+
+    shown = sorted({1, (K + 1) // 2, K})
+    tasks, columns = min(6, len(truth)), len(shown) + 2
+    fig, axes = plt.subplots(tasks, columns, figsize=(1.9 * columns, 1.9 * tasks + 0.6), squeeze=False)
+    for i, row in enumerate(axes):
+        for later in batches[1:K, i]:
+            scatter(row[0], later, "#fbd0a0")
+        scatter(row[0], batches[0, i], "C1", s=6)
+        for ax, k in zip(row[1:], shown):
+            scatter(ax, truth[i], "0.85", s=6)
+            scatter(ax, generated[k, i], "C0")
+        scatter(row[-1], truth[i], "0.3")
+        for ax in row:
+            frame(ax, truth[i])
+    names = [f"context: first\nmini-batch (of {K})", *(f"after {k} step{'s' * (k > 1)}" for k in shown), "truth"]
+    for ax, name in zip(axes[0], names):
+        ax.set_title(name, fontsize=9)
+    fig.suptitle(title, fontsize=10)
+    fig.tight_layout(h_pad=0.3, w_pad=0.3)
+    common.replace_file(path, lambda temporary: fig.savefig(temporary, dpi=90, format="png"))
+    plt.close(fig)
+
+
+def plot_gif(path, batches, generated, truth, K, title):
+    """What the same noise becomes after 0, 1, ... K mini-batches, moving from each to the next; the new context in orange."""
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    fig, axes = plt.subplots(2, 4, figsize=(8, 4.5))
+    tasks = list(zip(range(len(truth)), axes.flat))
+    for i, ax in tasks:
+        scatter(ax, truth[i], "0.88", s=5)
+        frame(ax, truth[i])
+    new = [scatter(ax, batches[0, i], "C1", s=14, marker="x", lw=0.9) for i, ax in tasks]
+    dots = [scatter(ax, generated[0, i], "C0") for i, ax in tasks]
+    heading = fig.suptitle(" ")
+    fig.tight_layout(rect=(0, 0, 1, 0.98))
+    images, pauses = [], {0: 700, 0.25: 80, 0.5: 80, 0.75: 80, 1: 1000}  # how far points have moved: shown for how many ms
+    for k in range(K):
+        for move in pauses:
+            seen = k + (move > 0)
+            heading.set_text(f"{title}: {seen} mini-batch{'es' * (seen != 1)} read")
+            for i, _ in tasks:
+                dots[i].set_offsets((1 - move) * generated[k, i, :, :2] + move * generated[k + 1, i, :, :2])
+                new[i].set_offsets(batches[k, i, :, :2])
+                new[i].set_visible(move < 1)
+            fig.canvas.draw()
+            images.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").quantize(32))
+    options = dict(save_all=True, append_images=images[1:], duration=[*pauses.values()] * K, loop=0)
+    common.replace_file(path, lambda temporary: images[0].save(temporary, "GIF", **options))
+    plt.close(fig)
+
+
+def plot_excess(path, results):
+    """W2 and W1 beyond the floor against the step: how far each row is from being as good as fresh points."""
+    import matplotlib.pyplot as plt
+
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # as in error.png
+    panels = [(split, key) for split in results["metrics"] for key in ("excess", "w1_excess")]
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.7))
+    for ax, (split, key) in zip(axes, panels):
+        m, beside = results["metrics"][split], results["baselines"][split]
+        ax.errorbar(m["steps"], m[key]["mean"], m[key]["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label="this model", zorder=3)
+        for i, (name, b) in enumerate(beside.items(), 1):
+            ax.plot(b["steps"], b[key]["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=colors[i], label=name)
+        ax.axvline(results["args"]["steps"], color="0.7", lw=1, zorder=0)
+        top = max(beside["one Gaussian"][key]["mean"] + m[key]["mean"][1:])  # step 0 has seen nothing and would dwarf the rest
+        ax.set_title(f"{split}: {m['data']}", fontsize=9)
+        ax.set(xlabel="mini-batches seen", ylabel=f"{'W2' if key == 'excess' else 'W1'} beyond fresh samples", ylim=(-0.1 * top, 1.2 * top))
+        ax.legend(fontsize=7)
+        ax.grid(alpha=0.3)
+    fig.tight_layout()
+    common.replace_file(path, lambda temporary: fig.savefig(temporary, dpi=110, format="png"))
+    plt.close(fig)
+
+
+def plot(out, script="mog_flow"):
+    results = common.read_results(out, script)
+    common.plot_steps(out, results)
+    plot_excess(os.path.join(out, "excess.png"), results)
+    for split, m in results["metrics"].items():
+        try:
+            with np.load(os.path.join(out, f"points_{split}.npz")) as file:
+                points = [file[name] for name in ("batches", "generated", "truth")]
+        except (OSError, ValueError, KeyError, EOFError):
+            common.fail(f"{out}/points_{split}.npz is missing or damaged")
+        plot_grid(os.path.join(out, f"grid_{split}.png"), *points, results["args"]["steps"], m["data"])
+        plot_gif(os.path.join(out, f"refinement_{split}.gif"), *points, results["args"]["steps"], m["data"])
+    print(f"plots: {out}/error.png, excess.png, grid_*.png, refinement_*.gif")
+
+
+# ---------------------------------------------------------------- main
+
+
+def report(metrics, baselines, K):
+    """The excess over the floor, row by row: W2 itself says little, since its floor depends on --points."""
+    for split, m in metrics.items():
+        for name, row in [("this model", m), *baselines[split].items()]:
+            cells = [f"{row[key]['mean'][k]:+.3f} +- {row[key]['stderr'][k]:.3f}" for key in ("excess", "w1_excess") for k in map(row["steps"].index, (1, K))]
+            print(f"{split} beyond the floor, steps 1 and {K}: W2 {cells[0]}, {cells[1]}; W1 {cells[2]}, {cells[3]} | {name}")
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.plot_only:
+        return plot(args.plot_only)
+    model = make_model(args)
+    iterations, seconds = common.trained(args) if args.eval else train(model, args)
+    metrics, baselines = evaluate(model, args)
+    common.write_results(args, model, data_name(args), iterations, seconds, metrics, baselines)
+    report(metrics, baselines, args.steps)
+    plot(args.out)
+
+
+if __name__ == "__main__":
+    main()

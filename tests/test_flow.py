@@ -1,0 +1,303 @@
+"""Flow matching, distances and letters against independent references; smoke runs; wrong use."""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import alphabets  # noqa: E402
+import common  # noqa: E402
+import mog_flow  # noqa: E402
+from mog_flow import Density  # noqa: E402
+
+TINY = "--iters 2 --eval-tasks 3 --points 8 --ode-steps 2 --steps 1 --context 6 --queries 5 --tasks 2 --width 8 --depth 1 --device cpu".split()
+
+
+def mog_args(**changes):
+    return argparse.Namespace(**(dict(dim=2, max_clusters=5, device="cpu", solver="heun", ode_steps=10, context=6, queries=7, steps=3) | changes))
+
+
+# ---------------------------------------------------------------- path and target
+
+
+def test_path_goes_from_noise_to_data_and_the_target_is_its_derivative():
+    torch.manual_seed(0)
+    x0, x1, t = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4, 1, requires_grad=True)
+    assert torch.equal(mog_flow.path(x0, x1, torch.zeros(4, 1))[0], x0)
+    assert torch.equal(mog_flow.path(x0, x1, torch.ones(4, 1))[0], x1)
+    xt, velocity = mog_flow.path(x0, x1, t)
+    slope = torch.stack([torch.autograd.grad(xt[:, i].sum(), t, retain_graph=True)[0][:, 0] for i in range(3)], 1)
+    assert torch.allclose(velocity, slope, atol=1e-6)
+
+
+def test_tasks_hold_points_on_the_path_and_their_target():
+    """With one tiny cluster x_1 is known, so that x_0 can be had back from x_t, and x_1 - x_0 be compared with the target."""
+    torch.manual_seed(0)
+    centre = torch.tensor([[[0.7, -0.4]]])
+    task = mog_flow.sample_tasks(Density(centre, torch.tensor([1]), torch.tensor([0.0])), 3, mog_args(queries=50))
+    xt, t = task.query_x[..., :2], task.query_x[..., 4:5]
+    x0 = (xt - t * centre) / (1 - t)
+    assert torch.allclose(task.query_y, centre - x0, atol=1e-3)
+    assert 0.3 < t.mean() < 0.7 and t.min() < 0.1 and t.max() > 0.9
+    assert task.context_x.shape[:3] == (3, 1, 6) and torch.equal(task.context_x[..., 4], torch.ones(3, 1, 6))  # data are at t = 1
+    assert torch.allclose(task.context_x[..., :2], centre.expand(3, 1, 6, 2)) and not task.context_y.any()
+
+
+def test_mixtures_have_the_papers_sizes():
+    torch.manual_seed(0)
+    density = mog_flow.sample_densities(4000, mog_args(max_clusters=3))
+    assert sorted(density.count.unique().tolist()) == [1, 2, 3]
+    assert abs(mog_flow.UNIT * density.centres.std() - 5) < 0.1
+    one = Density(density.centres[:1], torch.tensor([1]), density.std[:1])
+    points = mog_flow.UNIT * (mog_flow.draw(one, 20_000) - density.centres[:1, :1])
+    assert abs(points.std() - 0.3) < 0.01 and points.mean().abs() < 0.02
+    two = Density(torch.tensor([[[0.0], [1.0], [2.0]]]), torch.tensor([2]), torch.tensor([0.0]))
+    drawn = mog_flow.draw(two, 10_000)
+    assert drawn.max() == 1 and abs(drawn.mean() - 0.5) < 0.03  # the padding is never drawn, the others are equally likely
+
+
+# ---------------------------------------------------------------- exact field and solvers
+
+
+def test_exact_field_is_the_mean_velocity_of_all_paths_through_a_point():
+    """Against brute force: x_0 = (x - t x_1) / (1 - t) for many x_1, weighted by the noise density at x_0."""
+    torch.manual_seed(0)
+    density = Density(torch.tensor([[[0.8, 0.1], [-0.6, 0.5], [9.0, 9.0]]]), torch.tensor([2]), torch.tensor([0.3]))
+    x1 = mog_flow.draw(density, 400_000)[0].double()
+    for t in (0.1, 0.5, 0.7):
+        x = torch.tensor([[0.2, 0.1], [-0.5, 0.4]])
+        expected = []
+        for point in x.double():
+            x0 = (point - t * x1) / (1 - t)
+            weight = torch.softmax(-x0.square().sum(-1) / 2, 0)
+            expected.append((weight[:, None] * (x1 - x0)).sum(0))
+        field = mog_flow.exact_field(density, x[None], torch.full((1, 2, 1), t))[0]
+        assert torch.allclose(field.double(), torch.stack(expected), atol=0.03), t
+
+
+def gaussian_field(mean, covariance):
+    """v(x, t) = mean + (t C - (1 - t) I) ((1 - t)^2 I + t^2 C)^-1 (x - t mean): the field of a single Gaussian, any covariance."""
+    eye = torch.eye(len(mean)).double()
+
+    def field(x, t):
+        s = float(t.flatten()[0])
+        gain = (s * covariance - (1 - s) * eye) @ torch.linalg.inv((1 - s) ** 2 * eye + s**2 * covariance)
+        return mean + (x - s * mean) @ gain.T
+
+    return field
+
+
+@pytest.mark.parametrize("solver, steps, tolerance", [("euler", 400, 0.02), ("midpoint", 40, 0.005), ("heun", 40, 0.005)])
+def test_solvers_carry_noise_to_a_gaussian_in_closed_form(solver, steps, tolerance):
+    """The exact flow is affine, so n points arrive with the noise's own mean and covariance, transformed by C^(1/2)."""
+    torch.manual_seed(0)
+    mean, root = torch.tensor([0.5, -1.0]).double(), torch.tensor([[0.8, 0.3], [0.3, 0.5]]).double()
+    noise = torch.randn(1, 500, 2).double()
+    points = mog_flow.integrate(gaussian_field(mean, root @ root), noise, mog_args(solver=solver, ode_steps=steps))
+    assert torch.allclose(points, mean + noise @ root, atol=10 * tolerance)
+    assert torch.allclose(points[0].T.cov(), root @ noise[0].T.cov() @ root, atol=tolerance)
+    assert torch.allclose(points[0].mean(0), mean + noise[0].mean(0) @ root, atol=tolerance)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("heun", 2)])
+def test_solvers_have_their_order(solver, order):
+    """dx / dt = t - x has the solution t - 1 + (x_0 + 1) exp(-t); halving the step divides the error by 2^order."""
+    x = torch.tensor([[[1.0]]]).double()
+    ends = [mog_flow.integrate(lambda x, t: t - x, x, mog_args(solver=solver, ode_steps=n)) for n in (40, 80)]
+    error = [abs(end - 2 / math.e).item() for end in ends]
+    assert abs(math.log2(error[0] / error[1]) - order) < 0.25
+
+
+def test_exact_field_of_one_cluster_is_the_gaussian_one():
+    torch.manual_seed(0)
+    mean, t = torch.tensor([0.5, -1.0]), torch.full((1, 9, 1), 0.6)
+    x = torch.randn(1, 9, 2)
+    field = mog_flow.exact_field(Density(mean[None, None], torch.tensor([1]), torch.tensor([0.3])), x, t)
+    assert torch.allclose(field.double(), gaussian_field(mean.double(), 0.09 * torch.eye(2).double())(x.double(), t), atol=1e-5)
+
+
+def test_generating_with_memories_equals_the_greedy_loop():
+    """One Euler step of size 1 from t = 0: noise + the velocity that `common.refine` gives, with the same mini-batches."""
+    torch.manual_seed(0)
+    args = mog_args(width=16, heads=2, depth=2, history=2, mask="none", carry="full", state="logits", solver="euler", ode_steps=1, seed=0, checkpoint=None)
+    args.regime, args.dtype, args.compile = "implicit", "float32", False
+    model = mog_flow.make_model(args).eval()
+    batches, noise = torch.randn(3, 4, 6, 2), torch.randn(4, 7, 2)
+    task = common.Task(*mog_flow.observe(batches), mog_flow.embed(noise, torch.zeros(4, 7, 1)), None)
+    with torch.no_grad():
+        *_, velocity = common.refine(model, task)
+        generated = mog_flow.generate(model, batches, noise, args)
+    assert torch.allclose(generated, noise + velocity[0], atol=1e-5)
+    assert not torch.allclose(generated, mog_flow.generate(model, batches[:2], noise, args), atol=1e-5)  # it reads the last one
+
+
+# ---------------------------------------------------------------- distances and the rows beside the model
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+@pytest.mark.parametrize("p", [1, 2])
+def test_wasserstein_equals_brute_force_over_permutations(n, p):
+    rng = np.random.default_rng(n)
+    a, b = rng.normal(size=(2, n, 3)), rng.normal(size=(2, n, 3))
+    found = mog_flow.wasserstein(torch.tensor(a), torch.tensor(b), p)
+    for i in range(2):
+        best = min(np.mean([np.linalg.norm(a[i, j] - b[i, s[j]]) ** p for j in range(n)]) for s in itertools.permutations(range(n)))
+        assert found[i].item() == pytest.approx(best ** (1 / p), abs=1e-9)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_wasserstein_in_one_dimension_is_sorting(p):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(1, 60, 1)), 2 * rng.normal(size=(1, 60, 1)) + 1
+    expected = np.mean(np.abs(np.sort(a[0, :, 0]) - np.sort(b[0, :, 0])) ** p) ** (1 / p)
+    assert mog_flow.wasserstein(torch.tensor(a), torch.tensor(b), p).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_bandwidth_is_the_likeliest_by_the_textbook_density():
+    """Against torch.distributions on points drawn with the same seed: no bandwidth of the grid does better."""
+    args, n = mog_args(max_clusters=2), 40
+    found = mog_flow.best_bandwidth(mog_flow.sample_densities, n, args)
+    common.seed_all(common.EVALUATION, 1000, n)
+    density = mog_flow.sample_densities(32, args)
+    fresh, points = mog_flow.draw(density, 256), mog_flow.draw(density, n)
+
+    def likelihood(std):
+        each = torch.distributions.Normal(points[:, None], std).log_prob(fresh[:, :, None]).sum(-1)  # (B, fresh, n)
+        return (each.logsumexp(-1) - math.log(n)).mean().item()
+
+    grid = 0.06 * 10 ** np.linspace(-0.5, 1.5, 13)
+    assert found == pytest.approx(max(grid, key=likelihood), rel=1e-5)
+    assert grid[0] < found < grid[-1]
+
+
+def test_one_gaussian_has_the_points_mean_and_covariance():
+    torch.manual_seed(0)
+    points = torch.randn(1, 300, 2) @ torch.tensor([[2.0, 0.5], [0.0, 0.3]]) + 4
+    drawn = mog_flow.one_gaussian(points, 200_000)[0]
+    assert torch.allclose(drawn.mean(0), points[0].mean(0), atol=0.03)
+    assert torch.allclose(drawn.T.cov(), points[0].T.cov(), atol=0.05)
+
+
+# ---------------------------------------------------------------- letters
+
+
+def test_held_out_letters_are_never_in_training():
+    assert set(alphabets.HELD_OUT) == set("DHNTXY") and len(alphabets.LETTERS) == 20
+    assert not set(alphabets.LETTERS) & set(alphabets.HELD_OUT)
+
+
+def test_training_samples_only_training_letters(monkeypatch):
+    """Seen from outside: what `train` draws, turned and scaled back, is the ink of a training letter, and each of them occurs."""
+    seen = []
+    monkeypatch.setattr(mog_flow, "train", lambda model, args, sample: seen.append(sample(400, args)))
+    alphabets.train(None, argparse.Namespace(device="cpu"))
+    density, names = seen[0], set()
+    glyphs = {letter: alphabets.glyph(letter) for letter in alphabets.LETTERS + alphabets.HELD_OUT}
+    for centres, count in zip(density.centres, density.count):
+        radius = centres[:count].norm(dim=1)
+        radius = radius / radius.max()  # turning and scaling leave the pixels' relative distances from the centre
+        fits = [name for name, g in glyphs.items() if len(g) == count and torch.allclose(g.norm(dim=1) / g.norm(dim=1).max(), radius, atol=1e-4)]
+        assert len(fits) == 1
+        names.add(fits[0])
+    assert names == set(alphabets.LETTERS)
+
+
+def test_glyphs_are_letters():
+    tall, wide = alphabets.glyph("I"), alphabets.glyph("W")
+    assert tall.abs().max() == 1 and wide.abs().max() == 1  # the longer side from -1 to 1, the aspect kept
+    assert tall[:, 0].max() < 0.3 and wide[:, 1].max() < 1 <= wide[:, 0].max()
+    ink = alphabets.glyph("T")
+    assert (ink[:, 1] > 0.8).sum() > 3 * (ink[:, 1] < -0.8).sum()  # the bar is up
+    hole = alphabets.glyph("O").norm(dim=1)
+    assert hole.min() > 0.4
+
+
+def test_letters_are_turned_and_scaled():
+    torch.manual_seed(0)
+    args = argparse.Namespace(device="cpu")
+    density = alphabets.make_sampler("I", args)(500, args)
+    size = alphabets.UNIT * density.centres.norm(dim=-1).amax(1) / alphabets.glyph("I").norm(dim=1).max()
+    assert 1.5 <= size.min() < 1.7 and 4.3 < size.max() <= 4.5  # 3 * U(0.5, 1.5)
+    top = density.centres[:, 0] / density.centres[:, 0].norm(dim=1, keepdim=True)
+    assert top.mean(0).norm() < 0.15  # every direction
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [(mog_flow, "--max-clusters 3 --solver euler"), (mog_flow, "--dim 5 --mask none --history 2"), (alphabets, "--state latent --solver midpoint")],
+)
+def test_smoke(script, flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    script.main([*TINY, *flags.split(), "--out", str(out)])
+    results, printed = json.loads((out / "results.json").read_text()), capsys.readouterr().out
+    splits = ["id", "ood"] if script is alphabets else ["id"]
+    assert list(results["metrics"]) == splits and results["iterations"] == 2
+    for split in splits:
+        m, floor = results["metrics"][split], results["baselines"][split][mog_flow.FLOOR]
+        assert m["steps"] == [0, 1, 2] and m["tasks"] == 3
+        assert all(map(math.isfinite, m["mean"] + m["stderr"] + m["w1"]["mean"] + m["excess"]["stderr"]))
+        assert all(w1 <= w2 + 1e-9 for w1, w2 in zip(m["w1"]["mean"], m["mean"]))
+        assert np.allclose(np.array(m["mean"]) - floor["mean"], m["excess"]["mean"])
+        assert f"{split} beyond the floor" in printed
+    drawn = ["error.png", "excess.png", *(f"grid_{split}.png" for split in splits), *(f"refinement_{split}.gif" for split in splits)]
+    assert all((out / file).stat().st_size > 5000 for file in drawn)
+
+
+def test_plots_are_redrawn_from_the_files_alone(tmp_path, capsys):
+    out = tmp_path / "run"
+    mog_flow.main([*TINY, "--out", str(out)])
+    before = (out / "grid_id.png").read_bytes()
+    for file in ("checkpoint.pt", "grid_id.png"):
+        (out / file).unlink()
+    mog_flow.main(["--plot-only", str(out)])
+    assert (out / "grid_id.png").read_bytes() == before
+    (out / "points_id.npz").write_bytes(b"PK not a zip")
+    refused(capsys, mog_flow, ["--plot-only", str(out)], "points_id.npz is missing or damaged")
+
+
+def refused(capsys, script, flags, reason):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        script.main(flags)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and reason in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("script", [mog_flow, alphabets])
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        ("--regime parametric", "--regime implicit only"),
+        ("--regime explicit", "--regime implicit only"),
+        ("--state softmax", "no softmax"),
+        ("--signal grad", "--signal data"),
+        ("--solver rk45", "invalid choice"),
+        ("--ode-steps 0", "at least 1"),
+        ("--points 1", "at least 2"),
+    ],
+)
+def test_wrong_use(script, flags, reason, tmp_path, capsys):
+    refused(capsys, script, [*flags.split(), "--out", str(tmp_path / "run")], reason)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mixtures_refuse_what_has_no_picture(capsys):
+    refused(capsys, mog_flow, ["--dim", "1"], "at least 2")
+
+
+def test_wrong_use_from_the_shell_is_one_line():
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "alphabets.py"), "--regime", "parametric"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
