@@ -70,8 +70,6 @@ class Block(nn.Module):
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-        with torch.no_grad():  # start from attention by similarity: it shortens the plateau of in-context learning
-            self.key_value.weight[:width] = self.query.weight
 
     def split(self, x):
         B, S, C = x.shape
@@ -230,25 +228,25 @@ class Explicit(Parametric):
 
 
 class LatentMLP(nn.Module):
-    """f_gamma(x, z): a residual MLP on x in which the latent z scales and shifts every layer (FiLM).
+    """f_gamma(x, z): a residual MLP on x whose last layer has weights that are linear in the latent z.
 
-    A latent that is only concatenated to x cannot multiply it, which even w.x needs.
+    A latent that is only concatenated to x cannot multiply it, which even w.x needs. This one can do all that a linear
+    predictor can: it is one for z, with trained features of x in place of x.
     """
 
     def __init__(self, latent, x_dim, y_dim, hidden, layers=2):
         super().__init__()
         self.input = nn.Linear(x_dim, hidden)
-        self.film = nn.Linear(latent, 2 * (layers + 1) * hidden)
         self.up = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
         self.down = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
-        self.output = nn.Linear(hidden, y_dim)
+        self.output = nn.Linear(latent, (hidden + 1) * y_dim)
 
     def forward(self, z, x):
-        film = self.film(z).unsqueeze(-2).chunk(2 * len(self.up) + 2, dim=-1)  # each (..., 1, hidden)
-        h = self.input(x) * (1 + film[0]) + film[1]  # (..., Q, hidden)
-        for i, (up, down) in enumerate(zip(self.up, self.down)):
-            h = h + down(F.gelu(up(h) * (1 + film[2 * i + 2]) + film[2 * i + 3]))
-        return self.output(h)
+        h = self.input(x)  # (..., Q, hidden)
+        for up, down in zip(self.up, self.down):
+            h = h + down(F.gelu(up(h)))
+        w = self.output(z).unflatten(-1, (h.shape[-1] + 1, -1))  # (..., hidden + 1, Y)
+        return h @ w[..., :-1, :] * h.shape[-1] ** -0.5 + w[..., -1:, :]
 
 
 class Implicit(nn.Module):
@@ -265,6 +263,9 @@ class Implicit(nn.Module):
         self.query_embedding = nn.Parameter(0.02 * torch.randn(D))
         self.older = nn.Linear((self.history - 1) * S, D) if self.history > 1 else None
         self.transformer = Transformer(D, args.depth, args.heads)
+        with torch.no_grad():  # queries start from attention by similarity: it shortens the plateau of in-context learning
+            for block in self.transformer.blocks:
+                block.key_value.weight[:D] = block.query.weight
         self.decoder = nn.Linear(D, y_dim)
 
     def initial_state(self, query_x):
@@ -564,7 +565,9 @@ def set_learning_rate(optimizer, iteration, args):
 
 
 class Journal:
-    """Iterates over a run's optimizer steps: progress bar, log.jsonl, checkpoint.pt, Ctrl-C. Knows nothing of training.
+    """Iterates over a run's optimizer steps: progress bar, log.jsonl, checkpoint.pt, signals. Knows nothing of training.
+
+    Ctrl-C ends training early, and what there is gets evaluated; SIGTERM (a cluster wants its machine back) saves and leaves.
 
     for iteration in journal:
         ...
@@ -575,7 +578,7 @@ class Journal:
 
     def __init__(self, model, optimizer, args):
         self.model, self.optimizer, self.args = model, optimizer, args
-        self.iteration, self.seconds, self.pending, self.stop = 0, 0.0, [], False
+        self.iteration, self.seconds, self.pending, self.stop = 0, 0.0, [], None  # stop: the signal that came, if any
         self.path, self.log_path = (os.path.join(args.out, f) for f in ("checkpoint.pt", "log.jsonl"))
         if args.checkpoint:
             try:
@@ -597,7 +600,7 @@ class Journal:
         self.save()
 
     def __iter__(self):
-        previous = signal.signal(signal.SIGINT, self.interrupt)
+        previous = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         start, saved, before = time.time(), time.time(), self.seconds
         self.bar = tqdm(total=self.args.iters, initial=self.iteration, unit="it", dynamic_ncols=True)
         while self.iteration < self.args.iters and not self.stop:
@@ -612,14 +615,17 @@ class Journal:
                 saved = time.time()
         self.save()
         self.bar.close()
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         if self.stop:
             print(f"stopped after {self.iteration} of {self.args.iters} iterations; go on with --resume {self.args.out}")
+        if self.stop == signal.SIGTERM:
+            sys.exit(128 + signal.SIGTERM)
 
-    def interrupt(self, *_):
+    def interrupt(self, number, _):
         if self.stop:
-            fail("interrupted twice; the last checkpoint is kept", 130)
-        self.stop = True
+            fail("interrupted twice; the last checkpoint is kept", 128 + number)
+        self.stop = number
 
     def log(self, losses, metric):
         """losses: K tensors, one per refinement step; metric: a tensor. Fetched from the device only now and then."""

@@ -110,9 +110,28 @@ def ridge(x, y, query_x, noise):
     return (query_x.double() @ w * dim**-0.5).float()
 
 
+def posterior_product(batches, query_x, noise):
+    """What a state of one number a query can hope for: list of k mini-batches x (B, N, dim), y (B, N, 1) -> k answers (B, Q, 1).
+
+    Each mini-batch alone gives w.x a Gaussian posterior; the answer multiplies those of the batches so far and divides by
+    the prior that they share. It knows how sure every batch was, and not in which other directions.
+    """
+    dim, x_star = query_x.shape[-1], query_x.double()
+    prior = 1 / x_star.square().sum(-1)  # precisions (B, Q)
+    precision, weighted, answers = prior, 0.0, []
+    for x, y in batches:
+        x, y = x.double(), y.double() * dim**0.5
+        covariance = torch.linalg.inv(x.mT @ x / noise**2 + torch.eye(dim, device=x.device))  # of w (B, dim, dim)
+        own = 1 / ((x_star @ covariance) * x_star).sum(-1)
+        weighted = weighted + own * (x_star @ covariance @ x.mT @ y / noise**2)[..., 0]
+        precision = precision + own - prior
+        answers.append((weighted / precision)[..., None].float() * dim**-0.5)
+    return answers
+
+
 def evaluate(model, args):
     """The model after 0 ... 2K fresh mini-batches beside the Bayes-optimal answer to exactly the data seen so far."""
-    metric, ours, oracle, first, nothing = make_metric(args), [], [], [], []
+    metric, ours, oracle, first, nothing, product = make_metric(args), [], [], [], [], []
     for task in common.evaluation_tasks(lambda B: sample_tasks(B, 2 * args.steps, args), args.eval_tasks):
         ours.append(common.evaluate(model, task, metric))
         x, y = (c.transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))  # (B, K * N, ...)
@@ -120,11 +139,14 @@ def evaluate(model, args):
         answers = [ridge(x[:, :n], y[:, :n], task.query_x, args.noise) for n in seen]
         oracle.append(torch.stack([metric(a, task.query_y).mean(1) for a in answers], 1))
         first.append(oracle[-1][:, :1])
+        answers = posterior_product(zip(task.context_x, task.context_y), task.query_x, args.noise)
+        product.append(torch.stack([metric(a, task.query_y).mean(1) for a in answers], 1))
         nothing.append(metric(torch.zeros_like(task.query_y), task.query_y).mean(1, keepdim=True))
     steps = list(range(1, 2 * args.steps + 1))
     metrics = {"id": common.summary(ours, name="squared error", data=data_name(args))}
     baselines = {
         "ridge, all seen": common.summary(oracle, steps),
+        "posteriors, one a batch": common.summary(product, steps),
         "ridge, first batch": common.summary([f.expand(-1, len(steps)) for f in first], steps),
         "nothing": common.summary([n.expand(-1, len(steps) + 1) for n in nothing]),
     }

@@ -39,6 +39,26 @@ def test_the_ridge_oracle_is_the_bayesian_posterior_mean():
         np.testing.assert_allclose(found[b], query_x[b].numpy() @ w / 2, rtol=1e-4, atol=1e-5)
 
 
+def test_the_product_of_posteriors_equals_a_product_of_densities_on_a_grid():
+    """One mini-batch: ridge. Several: each posterior of w.x in function space (a Gaussian process), multiplied on a grid."""
+    torch.manual_seed(0)
+    noise, dim, query_x = 0.7, 4, torch.randn(2, 5, 4)
+    batches = [(torch.randn(2, 6, dim), torch.randn(2, 6, 1)) for _ in range(3)]
+    answers = linreg.posterior_product(batches, query_x, noise)
+    torch.testing.assert_close(answers[0], linreg.ridge(*batches[0], query_x, noise), rtol=1e-4, atol=1e-5)
+    grid = np.linspace(-30, 30, 60_001)
+    for b in range(2):
+        for q, star in enumerate(query_x[b].double().numpy()):
+            log = -(grid**2) / (2 * star @ star)  # the prior
+            for k, (x, y) in enumerate(batches):
+                a, targets = x[b].double().numpy(), 2 * y[b, :, 0].double().numpy()
+                gain = np.linalg.solve(a @ a.T + noise**2 * np.eye(6), a @ star)
+                mean, variance = gain @ targets, star @ star - gain @ (a @ star)
+                log = log - (grid - mean) ** 2 / (2 * variance) + grid**2 / (2 * star @ star)
+                density = np.exp(log - log.max())
+                assert answers[k][b, q, 0].item() == pytest.approx(grid @ density / density.sum() / 2, rel=1e-3, abs=1e-4)
+
+
 def test_the_oracle_reaches_the_noise_floor_with_enough_data():
     args = settings(context=2000, queries=500)
     torch.manual_seed(0)

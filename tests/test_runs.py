@@ -104,6 +104,39 @@ def test_ctrl_c_at_a_random_moment_of_a_real_process_loses_nothing():
     assert_same_run("straight", "broken")
 
 
+def test_sigterm_saves_and_leaves_without_evaluating(monkeypatch):
+    """As a cluster does that wants its machine back: the rest of the run is the same as if nothing had happened."""
+    call("linreg", TWENTY, "--out straight")
+    sample, calls = linreg.sample_tasks, []
+    monkeypatch.setattr(linreg, "sample_tasks", lambda *args: (calls.append(1), len(calls) == 10 and signal.raise_signal(signal.SIGTERM), sample(*args))[2])
+    with pytest.raises(SystemExit) as stop:
+        call("linreg", TWENTY, "--out broken")
+    assert stop.value.code == 143 and not os.path.exists("broken/results.json")
+    assert torch.load("broken/checkpoint.pt", weights_only=True)["iteration"] == 10
+    call("linreg", "--resume broken", tiny=False)
+    assert_same_run("straight", "broken")
+
+
+@pytest.mark.parametrize("kills", [int(os.environ.get("KILLS", 5))])
+def test_sigkill_at_random_moments_loses_no_bit(kills):
+    """Whatever a kill cuts short, the last checkpoint is whole, and resuming replays what came after it."""
+    flags = [*TINY["linreg"].split(), *TWENTY.split(), "--iters", "200"]
+    call("linreg", *flags, "--out straight", tiny=False)
+    saves = "import common, sys; common.Journal.save_seconds = 0; import linreg; linreg.main(sys.argv[1:])"  # a checkpoint an iteration
+    command = [sys.executable, "-c", saves, *flags, "--out", "broken"]
+    for kill in range(kills):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, bufsize=1, env=os.environ | {"PYTHONPATH": ROOT})
+        seen, moment = "", 200 * kill // kills + random.randrange(200 // kills)
+        while process.poll() is None and not any(int(count) >= moment for count in re.findall(r"(\d+)/200 ", seen)):
+            seen += process.stderr.read(1)
+        process.kill()
+        process.communicate()
+        assert torch.load("broken/checkpoint.pt", weights_only=True)["iteration"] < 200
+        command = [sys.executable, "-c", saves, "--resume", "broken"]
+    call("linreg", "--resume broken", tiny=False)
+    assert_same_run("straight", "broken")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resuming_a_finished_run_changes_nothing(script, finished, finished_copy):
     folder = finished_copy(script)
