@@ -15,16 +15,8 @@ or they are the .npz files of a stand-in: MobileNetV2 on Tiny ImageNet. Without 
 """
 
 import collections
-import contextlib
-import datetime
-import hashlib
-import json
 import os
-import signal
-import socket
-import struct
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -32,16 +24,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
+import extract
 from common import Task, refine
 from mnist import error, logistic_regression, loss, nearest_neighbour, predictor
 
-NAMES = {
-    "imagenet": "ImageNet", "tiny_imagenet": "Tiny ImageNet", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
-    "synthetic": "synthetic Gaussian classes (no images)", "strangers": "other synthetic Gaussian classes (no images)",
-}  # fmt: skip
+NAMES = extract.NAMES | {"tiny_imagenet": "Tiny ImageNet", "synthetic": "synthetic Gaussian classes (no images)", "strangers": "other synthetic Gaussian classes"}
 # paper: steps 1, 5, 10. derived: ways. sibling: width, depth, heads, tasks, latent, hidden. choice: the rest.
 PRESETS = {"paper": dict(ways=100, dim=1024, context=100, queries=100, tasks=128, width=256, depth=4, heads=4, latent=256, hidden=512, iters=50_000, lr=3e-4)}
 
@@ -54,7 +43,7 @@ Features = collections.namedtuple("Features", "key name train test means", defau
 def get_args(argv=None):
     parser = common.make_parser("imagenet", __doc__)
     add = parser.add_argument_group("the data").add_argument
-    add("--features", type=folder_name, default="auto", help="a backbone that was extracted, mobilenet_v2 (the .npz files), synthetic; auto: what is found, in this order")
+    add("--features", type=extract.folder_name, default="auto", help="a backbone that was extracted, mobilenet_v2 (the .npz files), synthetic; auto: what is found, in this order")
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="its features/ holds them (default: $IAI_DATA or data/)")
     add("--ways", type=common.number(int, 2), default=20, help="classes of a task")
     add("--dim", type=common.count, default=128, help="leading principal components of the features that are kept, at most")
@@ -71,61 +60,39 @@ FAMILIES, MEMBERS, FAMILY_STD, MEMBER_STD = 20, 10, 0.5, 0.3  # of the synthetic
 NOISE_STD = (1 - FAMILY_STD**2 - MEMBER_STD**2) ** 0.5  # so that features have unit variance
 
 
-def folder_name(text):
-    """An argparse type: a backbone's name as a folder's, "torchvision:resnet50" -> "torchvision-resnet50"."""
-    return common.path(os.path.basename(text)).replace(":", "-")
-
-
 def read_npz(path):
-    """Features of the stand-in -> {"train": [(x (n, d), y (n,))], "test": ...}, what one unit of x is worth (d,), JSON-like facts."""
+    """Features of the stand-in, int8 numbers times `scale`, in the form of extract.read_features."""
     try:
         with np.load(path) as f:
-            parts = {split: [(f[f"x_{split}"], f[f"y_{split}"])] for split in ("train", "test")}
-            scale = f["scale"].astype(np.float32)
+            parts = {split: [(f[f"x_{split}"] * f["scale"].astype(np.float16), f[f"y_{split}"])] for split in ("train", "test")}
         for ((x, y),) in parts.values():
-            if x.ndim != 2 or not len(x) or len(x) != len(y) or scale.shape != x.shape[1:] or y.dtype.kind not in "iu" or y.min() < 0:
+            if x.ndim != 2 or not len(x) or y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
                 raise ValueError
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, IndexError, zipfile.BadZipFile, zipfile.zlib.error):
-        common.fail(f"{path} is damaged, or no file of features: x_train, y_train, x_test, y_test and scale")
-    return parts, scale, {"backbone": "MobileNetV2", "size": 1280, "weights_sha256": None}
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile, zipfile.zlib.error):
+        common.fail(f"{path} is damaged, or no file of features (x_train, y_train, x_test, y_test, scale)")
+    return parts, {"backbone": "MobileNetV2", "size": 1280, "weights_sha256": None}
 
 
-def read_shards(folder):
-    """The same of an extraction of our own, memory-mapped."""
-    facts = read_facts(folder)
-    if not facts.get("complete"):
-        common.fail(f"{folder} is an extraction that was not finished: run the same --extract command again")
-    shards = {split: [read_shard(path, facts["size"]) for path in shard_paths(folder, split, images)] for split, images in facts["images"].items()}
-    for split, found in shards.items():
-        if any(s is None for s in found) or sum(map(len, found)) != facts["count"][split] or not facts["count"][split]:
-            common.fail(f"{folder}: shards of {split} are missing or damaged; delete features.json's folder or run the same --extract command again")
-    parts = {split: [(s["x"], s["label"]) for s in found] for split, found in shards.items()}
-    return parts, np.ones(facts["size"], np.float32), facts
+def principal(parts, dim):
+    """Mean (1, d), `dim` leading principal directions (d, dim) and unit of up to 100,000 features; all splits are standardised with them.
 
-
-def principal(parts, scale, dim):
-    """Mean, `dim` leading principal directions and one unit of up to 100,000 training features: what all splits are standardised with.
-
-    One unit for all directions: dividing each by its own standard deviation would raise the noisiest to the rank of the first.
+    One unit for all directions: dividing each by its own deviation would make the noisiest as loud as the first.
     """
     step = -(-sum(len(y) for _, y in parts) // 100_000)
-    x = torch.from_numpy(np.concatenate([x[::step] for x, _ in parts]).astype(np.float32) * scale)
-    mean = x.mean(0)
-    values, vectors = torch.linalg.eigh((x - mean).T.double() @ (x - mean).double() / len(x))
+    x = torch.from_numpy(np.concatenate([x[::step] for x, _ in parts])).double()
+    mean = x.mean(0, keepdim=True)
+    values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
     vectors = vectors.flip(1)[:, :dim]
-    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # one sign on all machines
-    return mean, vectors.float(), values.flip(0)[:dim].mean().sqrt().float()
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # the same sign on all machines
+    return mean.float(), vectors.float(), values.flip(0)[:dim].mean().sqrt().float()
 
 
-def standardise(parts, scale, statistics, device):
-    """Reads, standardises and sorts by class -> x (n, dim) on the device, in half precision to be able to hold ImageNet; y (n,)."""
-    scale, mean, vectors, unit = (torch.as_tensor(s, device=device) for s in (scale, *statistics))
-    rows = [
-        ((torch.from_numpy(x[i : i + 20_000].astype(np.float32)).to(device) * scale - mean) @ vectors / unit).half()
-        for x, _ in parts for i in range(0, len(x), 20_000)
-    ]  # fmt: skip
+def standardise(parts, statistics, device):
+    """Shards -> x (n, dim) on the device, standardised, in half precision (ImageNet should fit), and y (n,), sorted by class."""
+    mean, vectors, unit = (s.to(device) for s in statistics)
+    chunks = [torch.from_numpy(np.ascontiguousarray(x[i : i + 20_000])).to(device) for x, _ in parts for i in range(0, len(x), 20_000)]
     y, order = torch.from_numpy(np.concatenate([y for _, y in parts]).astype(np.int64)).to(device).sort(stable=True)
-    return torch.cat(rows)[order], y
+    return torch.cat([((chunk.float() - mean) @ vectors / unit).half() for chunk in chunks])[order], y
 
 
 def make_features(key, name, train, test, means=None):
@@ -154,7 +121,7 @@ def draw_synthetic(key, seed, args):
 def find(dataset, args):
     """Where the features of a dataset would lie, and how they are read."""
     folder = Path(args.data_dir, "features")
-    return (folder / f"{dataset}.npz", read_npz) if args.features == MOBILENET else (folder / args.features / dataset, read_shards)
+    return (folder / f"{dataset}.npz", read_npz) if args.features == MOBILENET else (folder / args.features / dataset, extract.read_features)
 
 
 def load(args):
@@ -181,23 +148,23 @@ def load(args):
 
 
 def load_images(args):
-    data, statistics, first = {}, None, None
-    for split, dataset in (("id", "tiny_imagenet" if args.features == MOBILENET else "imagenet"), ("ood_cifar10", "cifar10"), ("ood_cifar100", "cifar100")):
+    """Features of images, all standardised with the statistics of what is trained on."""
+    data, sets = {}, {"id": "tiny_imagenet" if args.features == MOBILENET else "imagenet", "ood_cifar10": "cifar10", "ood_cifar100": "cifar100"}
+    for split, dataset in sets.items():
         path, read = find(dataset, args)
+        if not path.exists() and split == "id":
+            common.fail(f"no features at {path}: extract them (imagenet.py --extract imagenet --help), or drop --features")
         if not path.exists():
-            if split == "id":
-                common.fail(f"no features at {path}: extract them (see imagenet.py --extract imagenet --help), or try --features auto")
             print(f"{split} will not run: no features at {path}")
             continue
-        parts, scale, facts = read(path)
-        first = first or facts
-        if facts["weights_sha256"] != first["weights_sha256"] or len(scale) != len(statistics[0] if statistics else scale):
-            common.fail(f"{path} and the features trained on come from different weights: extract one of them again")
-        statistics = statistics or principal(parts["train"], scale, args.dim)  # of the dataset that is trained on
+        parts, facts = read(path)
+        if split == "id":
+            trained_on, statistics = facts, principal(parts["train"], args.dim)
+        if facts["weights_sha256"] != trained_on["weights_sha256"] or parts["train"][0][0].shape[1] != len(statistics[1]):
+            common.fail(f"{path} and the features that are trained on come from different weights: extract one of them again")
         dim = statistics[1].shape[1]
         kept = f" ({dim} of {facts['size']:,} dimensions by PCA)" if dim < facts["size"] else ""
-        name = f"{NAMES[dataset]}, {facts['backbone']} features{kept}"
-        data[split] = make_features(dataset, name, *(standardise(parts[s], scale, statistics, args.device) for s in ("train", "test")))
+        data[split] = make_features(dataset, f"{NAMES[dataset]}, {facts['backbone']} features{kept}", *(standardise(parts[s], statistics, args.device) for s in ("train", "test")))
     return data
 
 
@@ -211,7 +178,11 @@ def draw_classes(B, classes, args):
 
 
 def sample_tasks(features, B, K, args):
-    """B tasks with K mini-batches: classes and labels of their own, context from training and queries from held-out features."""
+    """B tasks with K mini-batches: classes and labels of their own, context from training and queries from held-out features.
+
+    A one-hot label in the context is times sqrt(ways): its numbers are then of order one, as those of x are. Otherwise labels
+    would be a whisper among so many features, and a model twice as long on the plateau.
+    """
     chosen, relabel = draw_classes(B, len(features.train.count), args)
 
     def pick(split, n):
@@ -222,7 +193,7 @@ def sample_tasks(features, B, K, args):
 
     query_x, query_y = pick(features.test, args.queries)
     contexts = [pick(features.train, args.context) for _ in range(K)]
-    return Task(torch.stack([x for x, _ in contexts]), torch.stack([y for _, y in contexts]), query_x, query_y)
+    return Task(torch.stack([x for x, _ in contexts]), args.ways**0.5 * torch.stack([y for _, y in contexts]), query_x, query_y)
 
 
 # ---------------------------------------------------------------- training
@@ -273,8 +244,9 @@ def fitted(x, y, query_x, prior):
 
 
 def seen(task, k):
-    """The observations of the first k mini-batches (B, k N, ...)."""
-    return (c[:k].transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))
+    """The observations of the first k mini-batches: x (B, k N, dim), one-hot y (B, k N, ways)."""
+    x, y = (c[:k].transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))
+    return x, (y > 0).float()
 
 
 def best_priors(sample, steps):
@@ -337,6 +309,9 @@ def plot(out):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--extract" for word in argv):
+        return extract.main(argv)
     args = get_args(argv)
     if args.plot_only:
         return plot(args.plot_only)
