@@ -68,7 +68,7 @@ def read_npz(path):
         for ((x, y),) in parts.values():
             if x.ndim != 2 or not len(x) or y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
                 raise ValueError
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile, zipfile.zlib.error):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zipfile.zlib.error):
         common.fail(f"{path} is damaged, or no file of features (x_train, y_train, x_test, y_test, scale)")
     return parts, {"backbone": "MobileNetV2", "size": 1280, "weights_sha256": None}
 
