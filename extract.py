@@ -262,22 +262,23 @@ def main(argv):
     model, preprocess = load_backbone(args)
     facts = describe(args, source, model, preprocess)
     folder = Path(args.data_dir, "features", folder_name(args.backbone), args.extract)
-    if folder.exists():
-        before = read_facts(folder)
-        different = [key for key in facts if before.get(key) != facts[key]]
-        if different:
-            common.fail(f"{folder} holds other features (not the same {', '.join(different)}): delete it, or choose another --data-dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_facts(folder, facts)
-    except OSError as problem:
-        common.fail(f"cannot write to {folder}: {problem.strerror}")
+    before = read_facts(folder) if (folder / "features.json").exists() else facts
+    different = [key for key in facts if before.get(key) != facts[key]]
+    if different:
+        common.fail(f"{folder} holds other features (not the same {', '.join(different)}): delete it, or choose another --data-dir")
     print(f"{NAMES[args.extract]} through {facts['backbone']} on {args.device}: {facts['size']} features an image; writes to {folder}")
     done, seconds, last = 0, 0.0, None
-    with tqdm(total=sum(facts["images"].values()), unit="image", dynamic_ncols=True) as bar:
-        for split, images in source.items():
-            n, s, batch = extract_split(folder, split, Decoded(images, preprocess), model, facts, args, bar)
-            done, seconds, last = done + n, seconds + s, last if batch is None else batch
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_facts(folder, before)
+        with tqdm(total=sum(facts["images"].values()), unit="image", dynamic_ncols=True) as bar:
+            for split, images in source.items():
+                n, s, batch = extract_split(folder, split, Decoded(images, preprocess), model, facts, args, bar)
+                done, seconds, last = done + n, seconds + s, last if batch is None else batch
+    except OSError as problem:
+        common.fail(f"cannot write to {folder}: {problem.strerror}")
+    if not done and "count" in before:
+        return print("nothing to do: all of it was there")
     facts |= {"count": {}, "skipped": {}, "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
     for split, images in source.items():
         kept = np.concatenate([read_shard(path, facts["size"])["image"] for path in shard_paths(folder, split, len(images))])

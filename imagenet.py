@@ -47,7 +47,7 @@ def get_args(argv=None):
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="its features/ holds them (default: $IAI_DATA or data/)")
     add("--ways", type=common.number(int, 2), default=20, help="classes of a task")
     add("--dim", type=common.count, default=128, help="leading principal components of the features that are kept, at most")
-    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=3000, lr=3e-3, width=128, heads=1)
+    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=2500, lr=3e-3, width=128, heads=1)
     return common.parse_args(parser, PRESETS, argv)
 
 
@@ -81,7 +81,8 @@ def principal(parts, dim):
     step = -(-sum(len(y) for _, y in parts) // 100_000)
     x = torch.from_numpy(np.concatenate([x[::step] for x, _ in parts])).double()
     mean = x.mean(0, keepdim=True)
-    values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
+    x -= mean
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # ascending
     vectors = vectors.flip(1)[:, :dim]
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # the same sign on all machines
     return mean.float(), vectors.float(), values.flip(0)[:dim].mean().sqrt().float()
@@ -90,9 +91,10 @@ def principal(parts, dim):
 def standardise(parts, statistics, device):
     """Shards -> x (n, dim) on the device, standardised, in half precision (ImageNet should fit), and y (n,), sorted by class."""
     mean, vectors, unit = (s.to(device) for s in statistics)
-    chunks = [torch.from_numpy(np.ascontiguousarray(x[i : i + 20_000])).to(device) for x, _ in parts for i in range(0, len(x), 20_000)]
+    chunks = (torch.from_numpy(np.ascontiguousarray(x[i : i + 20_000])).to(device).float() for x, _ in parts for i in range(0, len(x), 20_000))
+    x = torch.cat([((chunk - mean) @ vectors / unit).half() for chunk in chunks])
     y, order = torch.from_numpy(np.concatenate([y for _, y in parts]).astype(np.int64)).to(device).sort(stable=True)
-    return torch.cat([((chunk.float() - mean) @ vectors / unit).half() for chunk in chunks])[order], y
+    return x[order], y
 
 
 def make_features(key, name, train, test, means=None):
