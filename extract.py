@@ -1,6 +1,6 @@
 """Features of images by a frozen backbone, computed once: what `python imagenet.py --extract ...` runs, and the reader of its files.
 
-features/BACKBONE/DATASET/ holds shards of 4,096 images, train-00000.npy ... test-00000.npy ..., each moved into place when it is
+features/BACKBONE/DATASET/ holds shards of 1,024 images, train-00000.npy ... test-00000.npy ..., each moved into place when it is
 whole, and features.json: what they are and, once all are there, how many. A kill costs the shard that was being computed.
 """
 
@@ -25,7 +25,7 @@ import common
 
 NAMES = {"imagenet": "ImageNet", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 DINOV2 = ("dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14")
-SHARD = 4096  # images in a file
+SHARD = 1024  # images in a file
 
 
 def get_args(argv):
@@ -42,7 +42,6 @@ def get_args(argv):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
     args.device, _, _ = common.pick_device(args.device, "auto")
-    signal.signal(signal.SIGINT, lambda *_: common.fail("interrupted; finished shards are kept, and the same command goes on", 130))
     socket.setdefaulttimeout(20)
     return args
 
@@ -258,6 +257,13 @@ def extract_split(folder, split, images, model, facts, args, bar):
 
 def main(argv):
     args = get_args(argv)
+    try:
+        extract(args)
+    except KeyboardInterrupt:
+        common.fail("interrupted; finished shards are kept, and the same command goes on", 130)
+
+
+def extract(args):
     source = open_source(args)
     model, preprocess = load_backbone(args)
     facts = describe(args, source, model, preprocess)

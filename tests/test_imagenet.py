@@ -352,7 +352,7 @@ def test_a_run_on_extracted_features_names_them(source, capsys):
 
 def in_a_process(code):
     start = f"import sys; sys.path.insert(0, {ROOT!r}); import imagenet, extract, os; extract.SHARD = 5; "
-    return subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, start_new_session=True)
 
 
 KILLS = {
@@ -375,6 +375,14 @@ def test_killed_and_resumed_it_does_no_finished_shard_again_and_ends_the_same(mo
     for path in Path("straight/features/dinov2_vits14/imagenet").glob("*.npy"):
         assert path.read_bytes() == (FOLDER / path.name).read_bytes()
     assert not list(FOLDER.glob("*.tmp"))
+
+
+def test_ctrl_c_with_worker_processes_is_one_line_and_keeps_what_is_finished(source):
+    dies = "images = 0\nforward = extract.forward\ndef stopped(model, x, args):\n    global images; images += len(x)\n    if images > 8: os.killpg(0, 2)\n    return forward(model, x, args)\nextract.forward = stopped"
+    done = in_a_process(f"\n{dies}\nif __name__ == '__main__': imagenet.main({[*FLAGS.split(), '--workers', '1']!r})")
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 130 and last.startswith("error: interrupted") and "Traceback" not in done.stderr, done.stderr
+    assert [p.name for p in FOLDER.glob("*.npy")] == ["train-00000.npy"]
 
 
 def test_images_that_cannot_be_decoded_are_named_counted_and_skipped(source, capsys):
