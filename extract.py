@@ -29,7 +29,8 @@ SHARD = 1024  # images in a file
 
 
 def get_args(argv):
-    parser = common.Parser(prog="imagenet.py --extract imagenet", description="Features of a dataset by a frozen backbone. Killed, it goes on where it was.", allow_abbrev=False)
+    about = "Features of a dataset by a frozen backbone. The same command again goes on where it was stopped."
+    parser = common.Parser(prog="imagenet.py --extract imagenet", description=about, allow_abbrev=False)
     add = parser.add_argument
     add("--extract", choices=NAMES, required=True, help="the dataset")
     add("--source", type=common.path, required=True, help="imagenet: the folder of train/ and val/, which have a folder for each class; CIFAR: torchvision's folder")
@@ -199,11 +200,15 @@ def read_features(folder):
     facts = read_facts(folder)
     if "count" not in facts:
         common.fail(f"{folder} is an extraction that did not finish: run its command again")
-    shards = {split: [read_shard(path, facts["size"]) for path in shard_paths(folder, split, images)] for split, images in facts["images"].items()}
-    for split, found in shards.items():
-        if any(rows is None for rows in found) or sum(map(len, found)) != facts["count"][split]:
+    parts = {}
+    for split, images in facts["images"].items():
+        shards = [read_shard(path, facts["size"]) for path in shard_paths(folder, split, images)]
+        if any(rows is None for rows in shards):
             common.fail(f"{folder}: shards of {split} are missing or damaged: run its --extract command again")
-    return {split: [(rows["x"], rows["label"]) for rows in found] for split, found in shards.items()}, facts
+        if sum(map(len, shards)) != facts["count"][split]:
+            common.fail(f"{folder}: shards do not hold {facts['count'][split]} images of {split}: delete the folder to extract it again")
+        parts[split] = [(rows["x"], rows["label"]) for rows in shards]
+    return parts, facts
 
 
 # ---------------------------------------------------------------- main
@@ -282,7 +287,7 @@ def extract(args):
                 n, s, batch = extract_split(folder, split, Decoded(images, preprocess), model, facts, args, bar)
                 done, seconds, last = done + n, seconds + s, last if batch is None else batch
     except OSError as problem:
-        common.fail(f"cannot write to {folder}: {problem.strerror}")
+        common.fail(f"cannot write to {folder}: {problem.strerror or problem}")
     if not done and "count" in before:
         return print("nothing to do: all of it was there")
     facts |= {"count": {}, "skipped": {}, "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
@@ -290,7 +295,8 @@ def extract(args):
         kept = np.concatenate([read_shard(path, facts["size"])["image"] for path in shard_paths(folder, split, len(images))])
         skipped = sorted(set(range(len(images))) - set(kept.tolist()))
         facts["count"][split] = len(kept)
-        facts["skipped"][split] = [os.path.relpath(images.samples[i][0], args.source) if args.extract == "imagenet" else f"{split} {i}" for i in skipped]
+        name = lambda i: os.path.relpath(images.samples[i][0], args.source) if args.extract == "imagenet" else f"{split} {i}"
+        facts["skipped"][split] = [name(i) for i in skipped]
         for name in facts["skipped"][split]:
             print(f"skipped {name}: cannot be decoded")
         if not len(kept):

@@ -30,8 +30,10 @@ import extract
 from common import Task, refine
 from mnist import error, logistic_regression, loss, nearest_neighbour, predictor
 
-NAMES = extract.NAMES | {"tiny_imagenet": "Tiny ImageNet", "synthetic": "synthetic Gaussian classes (no images)", "strangers": "other synthetic Gaussian classes"}
-# paper: steps 1, 5, 10. derived: ways. sibling: width, depth, heads, tasks, latent, hidden. choice: the rest.
+NAMES = extract.NAMES | {
+    "tiny_imagenet": "Tiny ImageNet", "synthetic": "synthetic Gaussian classes (no images)", "strangers": "other synthetic Gaussian classes",
+}  # fmt: skip
+# derived from the paper's tables: ways. sibling: width, depth, heads, tasks, latent, hidden. choice: the rest.
 PRESETS = {"paper": dict(ways=100, dim=1024, context=100, queries=100, tasks=128, width=256, depth=4, heads=4, latent=256, hidden=512, iters=50_000, lr=3e-4)}
 
 # One part of a dataset: features x (n, dim), sorted by class, and where the C classes start and how many rows each has (C,).
@@ -43,7 +45,8 @@ Features = collections.namedtuple("Features", "key name train test means", defau
 def get_args(argv=None):
     parser = common.make_parser("imagenet", __doc__)
     add = parser.add_argument_group("the data").add_argument
-    add("--features", type=extract.folder_name, default="auto", help="a backbone that was extracted, mobilenet_v2 (the .npz files), synthetic; auto: what is found, in this order")
+    known = "a backbone that was extracted, mobilenet_v2 (the .npz files), or synthetic; auto: the first of these that is found"
+    add("--features", type=extract.folder_name, default="auto", help=known)
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="its features/ holds them (default: $IAI_DATA or data/)")
     add("--ways", type=common.number(int, 2), default=20, help="classes of a task")
     add("--dim", type=common.count, default=128, help="leading principal components of the features that are kept, at most")
@@ -91,8 +94,8 @@ def principal(parts, dim):
 def standardise(parts, statistics, device):
     """Shards -> x (n, dim) on the device, standardised, in half precision (ImageNet should fit), and y (n,), sorted by class."""
     mean, vectors, unit = (s.to(device) for s in statistics)
-    chunks = (torch.from_numpy(np.ascontiguousarray(x[i : i + 20_000])).to(device).float() for x, _ in parts for i in range(0, len(x), 20_000))
-    x = torch.cat([((chunk - mean) @ vectors / unit).half() for chunk in chunks])
+    chunks = (x[i : i + 20_000] for x, _ in parts for i in range(0, len(x), 20_000))
+    x = torch.cat([((torch.from_numpy(np.ascontiguousarray(c)).to(device).float() - mean) @ vectors / unit).half() for c in chunks])
     y, order = torch.from_numpy(np.concatenate([y for _, y in parts]).astype(np.int64)).to(device).sort(stable=True)
     return x[order], y
 
@@ -151,8 +154,8 @@ def load(args):
 
 def load_images(args):
     """Features of images, all standardised with the statistics of what is trained on."""
-    data, sets = {}, {"id": "tiny_imagenet" if args.features == MOBILENET else "imagenet", "ood_cifar10": "cifar10", "ood_cifar100": "cifar100"}
-    for split, dataset in sets.items():
+    data, first = {}, "tiny_imagenet" if args.features == MOBILENET else "imagenet"
+    for split, dataset in {"id": first, "ood_cifar10": "cifar10", "ood_cifar100": "cifar100"}.items():
         path, read = find(dataset, args)
         if not path.exists() and split == "id":
             common.fail(f"no features at {path}: extract them (imagenet.py --extract imagenet --help), or drop --features")
@@ -166,7 +169,8 @@ def load_images(args):
             common.fail(f"{path} and the features that are trained on come from different weights: extract one of them again")
         dim = statistics[1].shape[1]
         kept = f" ({dim} of {facts['size']:,} dimensions by PCA)" if dim < facts["size"] else ""
-        data[split] = make_features(dataset, f"{NAMES[dataset]}, {facts['backbone']} features{kept}", *(standardise(parts[s], statistics, args.device) for s in ("train", "test")))
+        train, test = (standardise(parts[s], statistics, args.device) for s in ("train", "test"))
+        data[split] = make_features(dataset, f"{NAMES[dataset]}, {facts['backbone']} features{kept}", train, test)
     return data
 
 
@@ -182,8 +186,8 @@ def draw_classes(B, classes, args):
 def sample_tasks(features, B, K, args):
     """B tasks with K mini-batches: classes and labels of their own, context from training and queries from held-out features.
 
-    A one-hot label in the context is times sqrt(ways): its numbers are then of order one, as those of x are. Otherwise labels
-    would be a whisper among so many features, and a model twice as long on the plateau.
+    One-hot labels of the context are times sqrt(ways), so that their numbers are of order one as those of x are: labels are else
+    a whisper among the features, and the plateau of training was twice as long.
     """
     chosen, relabel = draw_classes(B, len(features.train.count), args)
 
@@ -263,10 +267,7 @@ def best_priors(sample, steps):
 
 
 def bayes_error(features, args, tasks=500, n=100):
-    """Error in % of who knows the means of the synthetic classes: 1 - the largest posterior of a label, averaged -> (tasks,).
-
-    No data can do better; the labels of few observations are what separates a model from it.
-    """
+    """Error in % of one who knows the means of the synthetic classes and the task's labels: 1 - the largest posterior -> (tasks,)."""
     common.seed_all(common.EVALUATION, 1001)
     chosen, relabel = draw_classes(tasks, len(features.means), args)
     means = features.means[chosen]  # (tasks, ways, dim)
@@ -299,7 +300,9 @@ def evaluate(model, features, args):
         floor = bayes_error(features, args)
         print(f"Bayes error of {features.name}: {floor.mean():.2f}%")
         baselines["class means known"] = common.summary([floor[:, None].expand(-1, len(steps))], steps)
-    return common.summary(ours, name="error %", data=features.name), baselines
+    classes = len(features.train.count)
+    few = f", {classes} ways" if classes < args.ways else ""
+    return common.summary(ours, name="error %", data=features.name + few), baselines
 
 
 # ---------------------------------------------------------------- main

@@ -174,7 +174,8 @@ def test_the_stand_in_is_named_as_what_it_is_everywhere(finished):
     results = json.load(open(finished("imagenet") / "results.json"))
     names = [results["data"]] + [m["data"] for m in results["metrics"].values()]
     assert [name.split(",")[0] for name in names] == ["Tiny ImageNet", "Tiny ImageNet", "CIFAR-10", "CIFAR-100"]
-    assert all(name.endswith("MobileNetV2 features (4 of 1,280 dimensions by PCA)") for name in names)
+    assert all("MobileNetV2 features (4 of 1,280 dimensions by PCA)" in name for name in names)
+    assert [name.endswith("2 ways") for name in names] == [False, False, True, False], "fewer ways are said"
     assert list(results["metrics"]) == ["id", "ood_cifar10", "ood_cifar100"] and results["args"]["features"] == "mobilenet_v2"
 
 
@@ -235,9 +236,8 @@ def test_priors_are_picked_on_tasks_that_are_not_evaluated():
     features, streams = imagenet.draw_synthetic("synthetic", 1, settings(dim=8)), []
     sample = lambda B: streams.append(imagenet.sample_tasks(features, B, 2, settings())) or streams[-1]
     imagenet.best_priors(sample, [1])
-    list(common.evaluation_tasks(sample, 64, stream=list(imagenet.NAMES).index("synthetic")))
-    separate, *evaluated = ({row.numpy().tobytes() for row in task.query_x.flatten(0, 1)} for task in streams)
-    assert len(evaluated) == 2 and len(separate & set.union(*evaluated)) < 0.2 * len(separate), "no task twice, though they share the features"
+    for stream in range(len(imagenet.NAMES)):
+        list(common.evaluation_tasks(sample, 40, stream=stream))
     assert not any(torch.equal(streams[0].query_x, task.query_x) for task in streams[1:])
 
 
@@ -355,16 +355,34 @@ def in_a_process(code):
     return subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, start_new_session=True)
 
 
-KILLS = {
-    "between two shards": "images = 0\nforward = extract.forward\ndef dies(model, x, args):\n    global images; images += len(x)\n    if images > 8: os.kill(os.getpid(), 9)\n    return forward(model, x, args)\nextract.forward = dies",
-    "within a shard's file": "whole = extract.write_shard\ndef dies(path, rows):\n    whole(path, rows)\n    if '-00001' in path:\n        os.truncate(path, os.path.getsize(path) // 2); os.kill(os.getpid(), 9)\nextract.write_shard = dies",
+# Code that ends its process with signal {0} once the first shard is written: in a forward pass, or in the middle of a file.
+MOMENTS = {
+    "between two shards": """
+images, forward = 0, extract.forward
+def dies(model, x, args):
+    global images
+    images += len(x)
+    if images > 8:
+        os.killpg(0, {0})
+    return forward(model, x, args)
+extract.forward = dies
+""",
+    "within a shard's file": """
+whole = extract.write_shard
+def dies(path, rows):
+    whole(path, rows)
+    if "-00001" in path:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.killpg(0, {0})
+extract.write_shard = dies
+""",
 }
 
 
-@pytest.mark.parametrize("moment", KILLS)
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_resumed_it_does_no_finished_shard_again_and_ends_the_same(moment, source, monkeypatch, capsys):
     run_extraction("--data-dir straight")
-    done = in_a_process(f"\n{KILLS[moment]}\nimagenet.main({FLAGS.split()!r})")
+    done = in_a_process(f"{MOMENTS[moment].format(9)}\nimagenet.main({FLAGS.split()!r})")
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [p.name for p in FOLDER.glob("*.npy")] == ["train-00000.npy"]
     refused(capsys, "did not finish", "imagenet", "--data-dir data")
@@ -378,8 +396,7 @@ def test_killed_and_resumed_it_does_no_finished_shard_again_and_ends_the_same(mo
 
 
 def test_ctrl_c_with_worker_processes_is_one_line_and_keeps_what_is_finished(source):
-    dies = "images = 0\nforward = extract.forward\ndef stopped(model, x, args):\n    global images; images += len(x)\n    if images > 8: os.killpg(0, 2)\n    return forward(model, x, args)\nextract.forward = stopped"
-    done = in_a_process(f"\n{dies}\nif __name__ == '__main__': imagenet.main({[*FLAGS.split(), '--workers', '1']!r})")
+    done = in_a_process(f"{MOMENTS['between two shards'].format(2)}\nimagenet.main({[*FLAGS.split(), '--workers', '1']!r})")
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 130 and last.startswith("error: interrupted") and "Traceback" not in done.stderr, done.stderr
     assert [p.name for p in FOLDER.glob("*.npy")] == ["train-00000.npy"]
@@ -434,6 +451,12 @@ def test_the_layer_before_the_last_of_a_torchvision_classifier_with_weights_from
         network(torch.stack([preprocess(Image.new("RGB", (60, 50), color)) for color in COLORS]))
     first = [parts["train"][i // 5][0][i % 5] for i in (1, 4, 7, 10)]
     np.testing.assert_allclose(np.stack(first), seen[0].numpy(), rtol=5e-3, atol=2e-3)
+
+
+def test_shards_of_another_extraction_are_told_by_their_number_of_images(source, capsys):
+    run_extraction()
+    shutil.copy(FOLDER / "test-00001.npy", FOLDER / "train-00001.npy")
+    refused(capsys, "12 images of train", "imagenet", "--data-dir data")
 
 
 def test_features_of_other_weights_are_never_mixed(source, capsys):
