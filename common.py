@@ -143,14 +143,16 @@ class Parametric(nn.Module):
         self.loss, self.predictor = loss, predictor
         self.history, self.causal, self.carried = args.history, args.mask == "causal", args.carry
         self.slots = args.latent_tokens  # tokens that the state is spread over; 1 but for explicit without a mask
+        self.span = args.decoder == "span"
         D, P = args.width, state_dim
         self.theta0 = nn.Parameter(torch.zeros(self.slots * P) if predictor else torch.randn(self.slots * P))
         self.observation = nn.Linear(x_dim + y_dim, D) if args.signal in ("data", "both") else None
         self.gradient = nn.Linear(self.history * self.slots * P, D) if args.signal in ("grad", "both") else None
+        self.residual = nn.Linear(y_dim, D) if self.span else None
         self.state = nn.Linear(P, D)
         self.age = nn.Parameter(0.02 * torch.randn(self.history, 1, D))  # tells past states from the current one
         self.transformer = Transformer(D, args.depth, args.heads)
-        self.decoder = nn.Linear(D, P)
+        self.decoder = nn.Linear(D, y_dim if self.span else P)
         nn.init.zeros_(self.decoder.weight)  # the untrained update is "stay": no step starts by throwing the state away
         nn.init.zeros_(self.decoder.bias)
 
@@ -168,6 +170,22 @@ class Parametric(nn.Module):
             losses = self.loss(self.predict(copies, x[:, :, None]), y[:, :, None])
             return torch.autograd.grad(losses.sum(), copies)[0]
 
+    def residuals(self, state, x, y):
+        """Gradient of each observation's loss in its prediction, p - y for the usual losses: (B, P) -> (B, N, Y). An input, too."""
+        with torch.enable_grad():
+            predictions = self.predict(state, x).detach().requires_grad_()
+            return torch.autograd.grad(self.loss(predictions, y).sum(), predictions)[0]
+
+    def pull_back(self, state, x, cotangents):
+        """J^T c, J the Jacobian of the predictions at x (B, N, X) in the state (B, P), c (B, N, Y) -> sums over prefixes (T, B, P)."""
+        (B, N, _), T = x.shape, x.shape[1] if self.causal and self.training else 1  # one prefix: all N in one product
+        learning = torch.is_grad_enabled()
+        with torch.enable_grad():
+            copies = state.detach()[:, None].expand(-1, T, -1).requires_grad_()
+            predictions = self.predict(copies, x.reshape(B, T, N // T, -1))
+            parts = torch.autograd.grad(predictions, copies, cotangents.view_as(predictions), create_graph=learning)[0]
+        return parts.cumsum(1).transpose(0, 1)
+
     def update(self, past, x, y, query_x):
         """h_phi of eq. 7: the last H states (B, P) and a mini-batch -> states after each prefix (T, B, P)."""
         if self.training and not self.causal:  # one random size a step for the whole batch (sec. 11.4)
@@ -179,10 +197,14 @@ class Parametric(nn.Module):
             tokens = tokens + self.observation(torch.cat([x, y], -1))  # (B, N, D)
         if self.gradient is not None:
             tokens = tokens + self.gradient(torch.cat([self.gradients(state, x, y) for state in past], -1))
+        if self.residual is not None:
+            tokens = tokens + self.residual(self.residuals(past[-1], x, y))
         slots = self.state(torch.stack(past, 1).view(B, self.history, S, -1)) + self.age  # (B, H, S, D)
         h = self.transformer(torch.cat([slots.flatten(1, 2), tokens], 1), self.causal)  # (B, H * S + N, D)
         first = self.history * S
-        if self.causal:  # the output at observation t is the state inferred from the first t observations (fig. 5)
+        if self.span:  # a step in the span of the data, as gradient descent's is
+            change = self.pull_back(past[-1], x, self.decoder(h[:, first:]))
+        elif self.causal:  # the output at observation t is the state inferred from the first t observations (fig. 5)
             h = h[:, first:] if self.training else h[:, -1:]
             change = self.decoder(h).transpose(0, 1)  # (T, B, P)
         else:  # the outputs at the current state's own tokens (fig. 7)
@@ -331,6 +353,7 @@ def make_parser(script, doc):
     add("--signal", choices=("data", "grad", "both"), default="data", help="what tokens carry: observations, their gradients, or both")
     add("--mask", choices=("causal", "none"), default="none", help="causal: all context sizes in one pass; none: one random size a step")
     add("--history", type=count, default=1, help="H, how many of the last states (and gradients) the model sees")
+    add("--decoder", choices=("span", "linear"), default="span", help="updates of parametric and explicit states: pulled back through the predictor at the data, or read off one token")
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
     add("--carry", choices=("full", "random"), default="full", help="in training, hand over states of whole mini-batches (full) or of random prefixes (random)")
     add("--latent", type=count, default=64, help="numbers in a latent token of the explicit regime")
@@ -421,6 +444,8 @@ def check(args, given):
         fail(f"--state {args.state} is for --regime implicit; the state of --regime {args.regime} is given by the regime")
     if args.latent_tokens > 1 and (args.regime != "explicit" or args.mask != "none"):
         fail("--latent-tokens above 1 needs --regime explicit --mask none (a causal mask reads the latent at every observation)")
+    if "decoder" in given and args.regime == "implicit":
+        fail("--decoder is for the updates of --regime parametric and explicit; implicit states are decoded as predictions")
     for flag in ("latent", "hidden"):
         if flag in given and args.regime != "explicit":
             fail(f"--{flag} is for --regime explicit")

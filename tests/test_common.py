@@ -28,8 +28,9 @@ def linear(w, x):
 
 def settings(**changes):
     args = argparse.Namespace(
-        history=1, mask="causal", carry="full", latent_tokens=1, signal="data", state="logits", width=8, depth=2, heads=2, latent=6, hidden=10
-    )
+        history=1, mask="causal", carry="full", latent_tokens=1, signal="data", decoder="linear", state="logits",
+        width=8, depth=2, heads=2, latent=6, hidden=10,
+    )  # fmt: skip
     vars(args).update(changes)
     return args
 
@@ -43,6 +44,9 @@ def make(regime, loss=squared_error, **changes):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(0.4 * torch.randn_like(p))
+        if args.decoder == "span" and regime != "implicit":  # random steps along all observations would diverge
+            model.decoder.weight.mul_(0.05)
+            model.decoder.bias.mul_(0.05)
     return model
 
 
@@ -65,11 +69,12 @@ def close(a, b, tolerance=1e-5):
 # ---------------------------------------------------------------- masks
 
 
+@pytest.mark.parametrize("decoder", ("linear", "span"))
 @pytest.mark.parametrize("history", (1, 3))
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("regime", ("parametric", "explicit"))
-def test_one_causal_pass_equals_a_loop_over_prefixes(task, regime, signal, history):
-    model = make(regime, signal=signal, history=history)
+def test_one_causal_pass_equals_a_loop_over_prefixes(task, regime, signal, history, decoder):
+    model = make(regime, signal=signal, history=history, decoder=decoder)
     x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
     at_once = model.train().update(past, x, y, task.query_x)
     assert len(at_once) == N
@@ -258,11 +263,12 @@ def test_nothing_backpropagates_through_gradient_inputs(task, regime):
     assert not gradients.requires_grad and gradients.grad_fn is None
 
 
+@pytest.mark.parametrize("decoder", ("linear", "span"))
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("regime", ("parametric", "explicit"))
-def test_the_signal_decides_what_the_update_may_read(task, regime, signal):
-    """`grad` reads observations through their gradients only: with a loss that ignores them, they make no difference."""
-    model = make(regime, lambda prediction, y: prediction.sum(-1) * 0, signal=signal).eval()
+def test_the_signal_decides_what_the_update_may_read(task, regime, signal, decoder):
+    """`grad` reads targets through their gradients only: with a loss that ignores them, they make no difference."""
+    model = make(regime, lambda prediction, y: prediction.sum(-1) * 0, signal=signal, decoder=decoder).eval()
     x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
     same = torch.equal(model.update(past, x, y, None), model.update(past, x, y + 1, None))
     assert same == (signal == "grad")
@@ -277,6 +283,64 @@ def test_the_transformer_says_how_to_change_the_newest_state(task, regime, mask)
         model.decoder.weight.zero_()
         model.decoder.bias.copy_(change)
     close(model.update(past, task.context_x[0], task.context_y[0], task.query_x)[0], past[-1] + change)
+
+
+# ---------------------------------------------------------------- updates in the span of the data
+
+
+@pytest.mark.parametrize("mask", ("causal", "none"))
+@pytest.mark.parametrize("loss", (squared_error, softmax_cross_entropy))
+@pytest.mark.parametrize("regime", ("parametric", "explicit"))
+def test_gradient_descent_is_a_special_case_of_the_span(task, regime, loss, mask):
+    """Cotangents -eta dL/dprediction give eta steps of gradient descent on the summed loss of each prefix."""
+    model, eta = make(regime, loss, decoder="span", mask=mask).train(), 0.3
+    x, y = task.context_x[0], F.one_hot(torch.randint(Y, (B, N)), Y).float()
+    past = past_states(model, task)
+    model.decoder.forward = lambda h: -eta * model.residuals(past[-1], *(a[:, : h.shape[1]] for a in (x, y)))
+    new = model.update(past, x, y, task.query_x)  # (T, B, P)
+    expected = []
+    for n in range(1, N + 1):
+        state = past[-1].detach().requires_grad_()
+        total = loss(model.predict(state, x[:, :n]), y[:, :n]).sum()
+        expected.append(past[-1] - eta * torch.autograd.grad(total, state)[0])
+    if mask == "causal":
+        close(new, torch.stack(expected), 1e-4)
+    else:  # one size, drawn in the update
+        assert len(new) == 1 and min((new[0] - e).abs().max() for e in expected) < 1e-4
+
+
+@pytest.mark.parametrize("mask", ("causal", "none"))
+def test_cotangents_of_a_linear_predictor_are_pulled_back_as_outer_products(task, mask):
+    model, c = make("parametric", decoder="span", mask=mask).train(), torch.randn(B, N, Y)
+    x, state = task.context_x[0], torch.randn(B, X * Y)
+    found = model.pull_back(state, x, c)
+    for b in range(B):
+        total = torch.zeros(X, Y)
+        for n in range(N):
+            total = total + torch.outer(x[b, n], c[b, n])
+            if mask == "causal":
+                close(found[n, b], total.flatten())
+        close(found[-1, b], total.flatten())
+
+
+def test_the_pull_back_learns_from_its_cotangents_and_not_from_the_state(task):
+    model = make("explicit", decoder="span").train()
+    state = torch.randn(B, 6, requires_grad=True)
+    c = torch.randn(B, N, Y, requires_grad=True)
+    g = torch.autograd.grad(model.pull_back(state, task.context_x[0], c).square().sum(), (c, state), allow_unused=True)
+    assert g[0].abs().max() > 0 and g[1] is None
+    with torch.no_grad():
+        assert not model.pull_back(state, task.context_x[0], c).requires_grad
+
+
+def test_an_untrained_update_stays_where_it_is(task):
+    for regime in ("parametric", "explicit"):
+        for decoder in ("linear", "span"):
+            torch.manual_seed(0)
+            extra = dict(predictor=linear, state_dim=X * Y) if regime == "parametric" else {}
+            model = common.REGIMES[regime](settings(decoder=decoder), X, Y, squared_error, **extra).eval()
+            past = past_states(model, task)
+            assert torch.equal(model.update(past, task.context_x[0], task.context_y[0], None)[0], past[-1])
 
 
 def test_a_softmax_state_is_read_as_probabilities_and_kept_as_logits(task):
@@ -304,6 +368,8 @@ def test_every_past_state_is_read(task):
 CASES = [
     dict(regime="parametric", signal="both", history=2), dict(regime="parametric", signal="grad", mask="none"),
     dict(regime="explicit", signal="both", history=2), dict(regime="explicit", signal="data", mask="none", latent_tokens=2),
+    dict(regime="parametric", decoder="span", history=2), dict(regime="parametric", decoder="span", signal="grad", mask="none"),
+    dict(regime="explicit", decoder="span", signal="both"), dict(regime="explicit", decoder="span", mask="none", latent_tokens=2),
     dict(regime="implicit", history=2), dict(regime="implicit", state="latent", mask="none"), dict(regime="implicit", state="softmax"),
 ]  # fmt: skip
 
@@ -334,7 +400,7 @@ def test_no_gradient_crosses_a_step(task, case):
         squared_error(model.predict(new, task.query_x), task.query_y).mean().backward()
         expected = [e + g for e, g in zip(expected, gradients_of(model))]
     for (name, _), g, e in zip(model.named_parameters(), greedy, expected):
-        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("regime", common.REGIMES)

@@ -67,6 +67,8 @@ FLAGS = [  # flags, what the line must name
     ("--regime implicit --signal both", "--signal"),
     ("--regime parametric --state latent", "--state"),
     ("--regime explicit --state latent", "--state"),
+    ("--decoder convolution", "--decoder"),
+    ("--regime implicit --decoder linear", "--decoder"),
     ("--regime parametric --latent 8", "--latent"),
     ("--regime implicit --hidden 8", "--hidden"),
     ("--regime explicit --mask causal --latent-tokens 2", "--latent-tokens"),
