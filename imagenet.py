@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import common
 import extract
 from common import Task, refine
-from mnist import error, logistic_regression, loss, nearest_neighbour, predictor
+from mnist import error, logistic_regression, loss, nearest_neighbour
 
 NAMES = extract.NAMES | {
     "tiny_imagenet": "Tiny ImageNet", "synthetic": "synthetic Gaussian classes (no images)", "strangers": "other synthetic Gaussian classes",
@@ -200,6 +200,17 @@ def sample_tasks(features, B, K, args):
     query_x, query_y = pick(features.test, args.queries)
     contexts = [pick(features.train, args.context) for _ in range(K)]
     return Task(torch.stack([x for x, _ in contexts]), args.ways**0.5 * torch.stack([y for _, y in contexts]), query_x, query_y)
+
+
+def predictor(parameters, x):
+    """The fixed linear softmax predictor of the parametric regime: (..., (dim + 1) * ways), x (..., Q, dim) -> logits (..., Q, ways).
+
+    The bias is the weight of one more feature, which is always 1. With a bias that is `dim` times as strong as that, updates by
+    sums over observations are about how often each label occurs and little else.
+    """
+    dim = x.shape[-1]
+    w = parameters.unflatten(-1, (dim + 1, -1))
+    return (torch.einsum("...qd,...dc->...qc", x, w[..., :dim, :]) + w[..., dim:, :]) * dim**-0.5
 
 
 # ---------------------------------------------------------------- training
