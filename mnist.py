@@ -164,9 +164,9 @@ def sample_tasks(images, B, K, args):
 
 
 def predictor(parameters, x):
-    """The fixed linear softmax predictor of the parametric regime: (..., (dim + 1) * C), x (..., Q, dim) -> logits (..., Q, C)."""
+    """The fixed linear softmax predictor of the parametric regime: (..., (dim + 1) * 10), x (..., Q, dim) -> logits (..., Q, 10)."""
     dim = x.shape[-1]
-    w = parameters.unflatten(-1, (dim + 1, -1))
+    w = parameters.unflatten(-1, (dim + 1, CLASSES))
     return torch.einsum("...qd,...dc->...qc", x, w[..., :dim, :]) * dim**-0.5 + w[..., dim:, :]
 
 
