@@ -16,6 +16,7 @@ import platform
 import shlex
 import signal
 import sys
+import textwrap
 import time
 import warnings
 
@@ -753,7 +754,8 @@ def plot_steps(out, results, log_scale=False):
         for i, (name, b) in enumerate(results["baselines"].get(split, {}).items(), 1):
             ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=colors[i], label=name)
         ax.axvline(K, color="0.7", lw=1, zorder=0, label="trained up to here")
-        ax.set(title=("in" if split == "id" else "out of") + f" distribution: {m['data']}", xlabel="mini-batches seen", ylabel=m["name"])
+        title = textwrap.fill(("in" if split == "id" else "out of") + f" distribution: {m['data']}", 45)
+        ax.set(title=title, xlabel="mini-batches seen", ylabel=m["name"])
         if log_scale:
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

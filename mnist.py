@@ -212,7 +212,7 @@ def train(model, images, args):
 
 
 def logistic_regression(x, y, w, prior=10.0, iterations=100):
-    """Softmax regression of B tasks at once: x (B, n, dim), one-hot y (B, n, 10), start w (B, dim + 1, 10) -> w.
+    """Softmax regression of B tasks at once: x (B, n, dim), one-hot y (B, n, C), start w (B, dim + 1, C) -> w.
 
     Minimizes mean cross-entropy + prior / n |w|^2 / 2, the posterior mode under a normal prior (picked on tasks that
     are not evaluated), by Nesterov's method with the step that the curvature allows.
@@ -229,9 +229,9 @@ def logistic_regression(x, y, w, prior=10.0, iterations=100):
 
 
 def nearest_neighbour(x, y, query_x):
-    """The label of the nearest observation: x (B, n, dim), y (B, n, 10), query_x (B, Q, dim) -> (B, Q, 10)."""
+    """The label of the nearest observation: x (B, n, dim), y (B, n, C), query_x (B, Q, dim) -> (B, Q, C)."""
     nearest = torch.cdist(query_x, x).argmin(-1)  # (B, Q)
-    return y.gather(1, nearest[..., None].expand(-1, -1, CLASSES))
+    return y.gather(1, nearest[..., None].expand(-1, -1, y.shape[-1]))
 
 
 def evaluate(model, images, dataset, args):

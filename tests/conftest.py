@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 TINY = {
     "linreg": "--dim 3 --context 5 --queries 4 --tasks 4 --width 8 --depth 1 --heads 2 --iters 3 --eval-tasks 4 --steps 2 --device cpu",
     "mnist": "--dim 4 --context 5 --queries 4 --tasks 4 --width 8 --depth 1 --heads 2 --iters 3 --eval-tasks 4 --steps 2 --device cpu",
+    "imagenet": "--dim 4 --ways 3 --context 5 --queries 4 --tasks 4 --width 8 --depth 1 --heads 2 --iters 3 --eval-tasks 4 --steps 2 --device cpu",
 }
 SCRIPTS = list(TINY)
 
@@ -57,12 +58,25 @@ def write_dataset(folder, seed, train=60, test=30):
         write_idx(folder / f"{part}-labels-idx1-ubyte", labels)
 
 
+def write_features(path, classes, seed, dim=6, train=8, test=4):
+    """Small features in the format of the stand-in: int8 numbers around a mean for each class, times a scale; shuffled."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    random, arrays = np.random.default_rng(seed), {}
+    means = random.integers(-60, 60, (classes, dim))
+    for split, n in (("train", train), ("test", test)):
+        y = random.permutation(np.arange(classes * n) % classes)
+        arrays |= {f"x_{split}": (means[y] + random.integers(-30, 30, (len(y), dim))).astype(np.int8), f"y_{split}": y.astype(np.int16)}
+    np.savez(path, scale=np.full(dim, 0.125, np.float32), **arrays)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def small_data(tmp_path_factory):
-    """What IAI_DATA points to: both datasets at toy size. And no mirror to download from."""
+    """What IAI_DATA points to: MNIST, FashionMNIST and features at toy size. And no mirror to download from."""
     folder = tmp_path_factory.mktemp("data")
     write_dataset(folder / "MNIST" / "raw", 0)
     write_dataset(folder / "FashionMNIST" / "raw", 1)
+    for seed, (name, classes) in enumerate((("tiny_imagenet", 7), ("cifar10", 2), ("cifar100", 5))):
+        write_features(folder / "features" / f"{name}.npz", classes, seed)
     os.environ["IAI_DATA"] = str(folder)
     datasets.MNIST.mirrors = datasets.FashionMNIST.mirrors = ["http://127.0.0.1:9/"]
     return folder

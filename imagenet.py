@@ -1,0 +1,345 @@
+"""N-way classification in context on frozen image features (sec. 9.2; tables 2 and 4, where the features are DINOv2's of ImageNet).
+
+A task is `--ways` random classes and a random function from them to as many labels, which may merge classes and never splits
+one: x = features of an image, y = label. Context from the training split, queries from the validation split. Out of
+distribution: CIFAR-10 and CIFAR-100, through the same backbone. The metric is the error in %.
+
+Features lie in `--data-dir`, and their names go into everything that a run writes. They are extracted once, by
+    python imagenet.py --extract imagenet --source DIR --backbone dinov2_vits14    # then cifar10 and cifar100; see ... --help
+or they are the .npz files of a stand-in: MobileNetV2 on Tiny ImageNet. Without any, Gaussian classes stand in for both.
+
+    python imagenet.py                              # implicit, 20 ways, 5 steps
+    python imagenet.py --regime parametric          # the weights of a linear predictor as state
+    python imagenet.py --features synthetic         # no files needed; the Bayes error is known
+    python imagenet.py --preset paper               # 100 ways; one GPU
+"""
+
+import collections
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import extract
+from common import Task, refine
+from mnist import error, logistic_regression, loss, nearest_neighbour
+
+NAMES = extract.NAMES | {
+    "tiny_imagenet": "Tiny ImageNet", "synthetic": "synthetic Gaussian classes (no images)", "strangers": "other synthetic Gaussian classes",
+}  # fmt: skip
+# derived from the paper's tables: ways. sibling: width, depth, heads, tasks, latent, hidden. choice: the rest.
+PRESETS = {"paper": dict(ways=100, dim=1024, context=100, queries=100, tasks=128, width=256, depth=4, heads=4, latent=256, hidden=512, iters=50_000, lr=3e-4)}
+
+# One part of a dataset: features x (n, dim), sorted by class, and where the C classes start and how many rows each has (C,).
+Split = collections.namedtuple("Split", "x start count")
+# A dataset as tasks are drawn from; `means` (C, dim) are the true ones of synthetic classes.
+Features = collections.namedtuple("Features", "key name train test means", defaults=[None])
+
+
+def get_args(argv=None):
+    parser = common.make_parser("imagenet", __doc__)
+    add = parser.add_argument_group("the data").add_argument
+    known = "a backbone that was extracted, mobilenet_v2 (the .npz files), or synthetic; auto: the first of these that is found"
+    add("--features", type=extract.folder_name, default="auto", help=known)
+    add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="its features/ holds them (default: $IAI_DATA or data/)")
+    add("--ways", type=common.number(int, 2), default=20, help="classes of a task")
+    add("--dim", type=common.count, default=128, help="leading principal components of the features that are kept, at most")
+    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=2500, lr=3e-3, width=128, heads=1)
+    return common.parse_args(parser, PRESETS, argv)
+
+
+# ---------------------------------------------------------------- the data
+
+
+MOBILENET = "mobilenet_v2"  # the stand-in for DINOv2: features/tiny_imagenet.npz, cifar10.npz and cifar100.npz
+SYNTHETIC = "synthetic"
+FAMILIES, MEMBERS, FAMILY_STD, MEMBER_STD = 20, 10, 0.5, 0.3  # of the synthetic classes
+NOISE_STD = (1 - FAMILY_STD**2 - MEMBER_STD**2) ** 0.5  # so that features have unit variance
+
+
+def read_npz(path):
+    """Features of the stand-in, int8 numbers times `scale`, in the form of extract.read_features."""
+    try:
+        with np.load(path) as f:
+            parts = {split: [(f[f"x_{split}"] * f["scale"].astype(np.float16), f[f"y_{split}"])] for split in ("train", "test")}
+        for ((x, y),) in parts.values():
+            if x.ndim != 2 or not len(x) or y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
+                raise ValueError
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zipfile.zlib.error):
+        common.fail(f"{path} is damaged, or no file of features (x_train, y_train, x_test, y_test, scale)")
+    return parts, {"backbone": "MobileNetV2", "size": 1280, "weights_sha256": None}
+
+
+def principal(parts, dim):
+    """Mean (1, d), `dim` leading principal directions (d, dim) and unit of up to 100,000 features; all splits are standardised with them.
+
+    One unit for all directions: dividing each by its own deviation would make the noisiest as loud as the first.
+    """
+    step = -(-sum(len(y) for _, y in parts) // 100_000)
+    x = torch.from_numpy(np.concatenate([x[::step] for x, _ in parts])).double()
+    mean = x.mean(0, keepdim=True)
+    x -= mean
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # ascending
+    vectors = vectors.flip(1)[:, :dim]
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # the same sign on all machines
+    return mean.float(), vectors.float(), values.flip(0)[:dim].mean().sqrt().float()
+
+
+def standardise(parts, statistics, device):
+    """Shards -> x (n, dim) on the device, standardised, in half precision (ImageNet should fit), and y (n,), sorted by class."""
+    mean, vectors, unit = (s.to(device) for s in statistics)
+    chunks = (x[i : i + 20_000] for x, _ in parts for i in range(0, len(x), 20_000))
+    x = torch.cat([((torch.from_numpy(np.ascontiguousarray(c)).to(device).float() - mean) @ vectors / unit).half() for c in chunks])
+    y, order = torch.from_numpy(np.concatenate([y for _, y in parts]).astype(np.int64)).to(device).sort(stable=True)
+    return x[order], y
+
+
+def make_features(key, name, train, test, means=None):
+    """(x, y) of both splits, sorted by class -> Features of the classes that both have."""
+    size = 1 + int(max(train[1][-1], test[1][-1]))
+    counts = [y.bincount(minlength=size) for _, y in (train, test)]
+    both = (counts[0] > 0) & (counts[1] > 0)
+    splits = [Split(x, (count.cumsum(0) - count)[both], count[both]) for (x, _), count in zip((train, test), counts)]
+    print(f"data {name}: {int(both.sum())} classes, {len(train[1])} training and {len(test[1])} held-out features")
+    return Features(key, name, *splits, means)
+
+
+def draw_synthetic(key, seed, args):
+    """Gaussian classes in families: a family's centre is Gaussian, its members' means are around it, features around those."""
+    g, dim = torch.Generator().manual_seed(seed), min(args.dim, 32)
+    families = FAMILY_STD * torch.randn(FAMILIES, 1, dim, generator=g)
+    means = (families + MEMBER_STD * torch.randn(FAMILIES, MEMBERS, dim, generator=g)).flatten(0, 1)
+
+    def draw(n):
+        y = torch.arange(len(means)).repeat_interleave(n)
+        return (means[y] + NOISE_STD * torch.randn(len(y), dim, generator=g)).to(args.device), y.to(args.device)
+
+    return make_features(key, NAMES[key], draw(200), draw(50), means.to(args.device))
+
+
+def find(dataset, args):
+    """Where the features of a dataset would lie, and how they are read."""
+    folder = Path(args.data_dir, "features")
+    return (folder / f"{dataset}.npz", read_npz) if args.features == MOBILENET else (folder / args.features / dataset, extract.read_features)
+
+
+def load(args):
+    """-> {"id": what is trained on, "ood_cifar10": ..., ...}; args.features becomes the backbone. `auto` says loudly when it finds none."""
+    if args.features == "auto":
+        found = [path.parent.parent.name for path in sorted(Path(args.data_dir, "features").glob("*/imagenet/features.json"))]
+        if len(found) > 1:
+            common.fail(f"{args.data_dir} has features of several backbones: choose one with --features {'|'.join(found)}")
+        args.features = found[0] if found else MOBILENET
+        if not found and not find("tiny_imagenet", args)[0].exists():
+            print(f"WARNING: no features in {args.data_dir}/features: drawing SYNTHETIC Gaussian classes instead. Nothing below is about images.")
+            args.features = SYNTHETIC
+            if not args.out_given:  # runs on features of images and on drawn ones never share a folder by default
+                args.out += "-synthetic"
+                common.check_out(args)
+    args.description["args"]["features"] = args.features  # what --resume and --eval will ask for, without a fallback
+    if args.features == SYNTHETIC:
+        data = {"id": draw_synthetic("synthetic", 1, args), "ood": draw_synthetic("strangers", 2, args)}
+    else:
+        data = load_images(args)
+    if args.ways > len(data["id"].train.count):
+        common.fail(f"--ways {args.ways} is more than the {len(data['id'].train.count)} classes of {data['id'].name}")
+    return data
+
+
+def load_images(args):
+    """Features of images, all standardised with the statistics of what is trained on."""
+    data, first = {}, "tiny_imagenet" if args.features == MOBILENET else "imagenet"
+    for split, dataset in {"id": first, "ood_cifar10": "cifar10", "ood_cifar100": "cifar100"}.items():
+        path, read = find(dataset, args)
+        if not path.exists() and split == "id":
+            common.fail(f"no features at {path}: extract them (imagenet.py --extract imagenet --help), or drop --features")
+        if not path.exists():
+            print(f"{split} will not run: no features at {path}")
+            continue
+        parts, facts = read(path)
+        if split == "id":
+            trained_on, statistics = facts, principal(parts["train"], args.dim)
+        if facts["weights_sha256"] != trained_on["weights_sha256"] or parts["train"][0][0].shape[1] != len(statistics[1]):
+            common.fail(f"{path} and the features that are trained on come from different weights: extract one of them again")
+        dim = statistics[1].shape[1]
+        kept = f" ({dim} of {facts['size']:,} dimensions by PCA)" if dim < facts["size"] else ""
+        train, test = (standardise(parts[s], statistics, args.device) for s in ("train", "test"))
+        data[split] = make_features(dataset, f"{NAMES[dataset]}, {facts['backbone']} features{kept}", train, test)
+    return data
+
+
+# ---------------------------------------------------------------- the task
+
+
+def draw_classes(B, classes, args):
+    """For B tasks: `--ways` of the classes (or all, if there are fewer) and the label of each, a random function -> (B, ways) twice."""
+    chosen = torch.rand(B, classes, device=args.device).argsort(1)[:, : args.ways]
+    return chosen, torch.randint(args.ways, chosen.shape, device=args.device)  # merges, never splits
+
+
+def sample_tasks(features, B, K, args):
+    """B tasks with K mini-batches: classes and labels of their own, context from training and queries from held-out features.
+
+    One-hot labels of the context are times sqrt(ways), so that their numbers are of order one as those of x are: labels are else
+    a whisper among the features, and the plateau of training was twice as long.
+    """
+    chosen, relabel = draw_classes(B, len(features.train.count), args)
+
+    def pick(split, n):
+        slot = torch.randint(chosen.shape[1], (B, n), device=args.device)  # classes are equally likely
+        c = chosen.gather(1, slot)
+        row = split.start[c] + torch.randint(2**40, (B, n), device=args.device) % split.count[c]
+        return split.x[row].float(), F.one_hot(relabel.gather(1, slot), args.ways).float()  # (B, n, dim), (B, n, ways)
+
+    query_x, query_y = pick(features.test, args.queries)
+    contexts = [pick(features.train, args.context) for _ in range(K)]
+    return Task(torch.stack([x for x, _ in contexts]), args.ways**0.5 * torch.stack([y for _, y in contexts]), query_x, query_y)
+
+
+def predictor(parameters, x):
+    """The fixed linear softmax predictor of the parametric regime: (..., (dim + 1) * ways), x (..., Q, dim) -> logits (..., Q, ways).
+
+    The bias is the weight of one more feature, which is always 1. With a bias that is `dim` times as strong as that, updates by
+    sums over observations are about how often each label occurs and little else.
+    """
+    dim = x.shape[-1]
+    w = parameters.unflatten(-1, (dim + 1, -1))
+    return (torch.einsum("...qd,...dc->...qc", x, w[..., :dim, :]) + w[..., dim:, :]) * dim**-0.5
+
+
+# ---------------------------------------------------------------- training
+
+
+def make_model(features, args):
+    common.seed_all(common.WEIGHTS, args.seed)
+    dim = features.train.x.shape[1]
+    extra = dict(predictor=predictor, state_dim=(dim + 1) * args.ways) if args.regime == "parametric" else {}
+    return common.place(common.REGIMES[args.regime](args, dim, args.ways, loss, **extra), args)
+
+
+def train(model, features, args):
+    """Greedy training (eqs. 9, 19-22): K losses, their gradients accumulated, one optimizer step."""
+    optimizer = common.make_optimizer(model, args)
+    journal = common.Journal(model, optimizer, args)
+    model.train()
+    for iteration in journal:
+        common.seed_all(common.TRAINING, args.seed, iteration)
+        common.set_learning_rate(optimizer, iteration, args)
+        task = sample_tasks(features, args.tasks, args.steps, args)
+        losses = []
+        for prediction in refine(model, task):  # (T, B, Q, ways)
+            step_loss = loss(prediction, task.query_y).mean()
+            (step_loss / args.steps).backward()  # at once: memory does not grow with K
+            losses.append(step_loss.detach())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        journal.log(losses, error(prediction[-1].detach(), task.query_y).mean())
+    return journal.iteration, journal.seconds
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def nearest_mean(x, y, query_x):
+    """Minus the distance to the mean of each label's observations: x (B, n, dim), y (B, n, ways), query_x (B, Q, dim) -> (B, Q, ways)."""
+    count = y.sum(1)  # (B, ways)
+    means = y.mT @ x / count.clamp(min=1)[..., None]
+    return (-torch.cdist(query_x, means)).masked_fill((count == 0)[:, None], -torch.inf)  # labels that were not seen
+
+
+def fitted(x, y, query_x, prior):
+    """Logistic regression on (x, y), and what it says about the queries."""
+    start = torch.zeros(len(x), x.shape[-1] + 1, y.shape[-1], device=x.device)
+    return F.pad(query_x, (0, 1), value=1.0) @ logistic_regression(x, y, start, prior)
+
+
+def seen(task, k):
+    """The observations of the first k mini-batches: x (B, k N, dim), one-hot y (B, k N, ways)."""
+    x, y = (c[:k].transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))
+    return x, (y > 0).float()
+
+
+def best_priors(sample, steps):
+    """The prior with which logistic regression errs least after each of `steps`, on 32 tasks that are not evaluated."""
+    common.seed_all(common.EVALUATION, 1000)
+    task = sample(32)
+
+    def errs(k, prior):
+        return float(error(fitted(*seen(task, k), task.query_x, prior), task.query_y).mean())
+
+    return [min((3.0, 10.0, 30.0, 100.0, 300.0), key=lambda prior: errs(k, prior)) for k in steps]
+
+
+def bayes_error(features, args, tasks=500, n=100):
+    """Error in % of one who knows the means of the synthetic classes and the task's labels: 1 - the largest posterior -> (tasks,)."""
+    common.seed_all(common.EVALUATION, 1001)
+    chosen, relabel = draw_classes(tasks, len(features.means), args)
+    means = features.means[chosen]  # (tasks, ways, dim)
+    slot = torch.randint(chosen.shape[1], (tasks, n, 1), device=args.device)
+    x = means.gather(1, slot.expand(-1, -1, means.shape[-1]))
+    x = x + NOISE_STD * torch.randn_like(x)
+    classes = (-torch.cdist(x, means).square() / (2 * NOISE_STD**2)).softmax(-1)  # (tasks, n, ways)
+    return 100 * (1 - (classes @ F.one_hot(relabel, args.ways).float()).amax(-1)).mean(1)
+
+
+def evaluate(model, features, args):
+    """The model after 0 ... 2K fresh mini-batches, beside rivals that are given exactly the data it has seen so far."""
+    steps = sorted({1, 2, args.steps, 2 * args.steps})  # of the rivals: logistic regression is slow
+    sample = lambda B: sample_tasks(features, B, 2 * args.steps, args)
+    priors = best_priors(sample, steps)
+    ours, rivals = [], collections.defaultdict(list)
+    for task in common.evaluation_tasks(sample, args.eval_tasks, stream=list(NAMES).index(features.key)):
+        ours.append(common.evaluate(model, task, error))
+        rows = collections.defaultdict(list)
+        for k, prior in zip(steps, priors):
+            x, y = seen(task, k)
+            rows["nearest class mean"].append(nearest_mean(x, y, task.query_x))
+            rows["logistic regression"].append(fitted(x, y, task.query_x, prior))
+            rows["nearest neighbour"].append(nearest_neighbour(x, y, task.query_x))
+            rows["majority label"].append(y.mean(1, keepdim=True).expand_as(task.query_y))
+        for name, answers in rows.items():
+            rivals[name].append(torch.stack([error(a, task.query_y).mean(1) for a in answers], 1))
+    baselines = {name: common.summary(chunks, steps) for name, chunks in rivals.items()}
+    if features.means is not None:
+        floor = bayes_error(features, args)
+        print(f"Bayes error of {features.name}: {floor.mean():.2f}%")
+        baselines["class means known"] = common.summary([floor[:, None].expand(-1, len(steps))], steps)
+    classes = len(features.train.count)
+    few = f", {classes} ways" if classes < args.ways else ""
+    return common.summary(ours, name="error %", data=features.name + few), baselines
+
+
+# ---------------------------------------------------------------- main
+
+
+def plot(out):
+    common.plot_steps(out, common.read_results(out, "imagenet"))
+    print(f"plot: {out}/error.png")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--extract" for word in argv):
+        return extract.main(argv)
+    args = get_args(argv)
+    if args.plot_only:
+        return plot(args.plot_only)
+    data = load(args)  # what is out of distribution too: damaged files should not cost a run
+    model = make_model(data["id"], args)
+    iterations, seconds = common.trained(args) if args.eval else train(model, data["id"], args)
+    metrics, baselines = {}, {}
+    for split, features in data.items():
+        metrics[split], baselines[split] = evaluate(model, features, args)
+    common.write_results(args, model, data["id"].name, iterations, seconds, metrics, baselines)
+    plot(args.out)
+
+
+if __name__ == "__main__":
+    main()
