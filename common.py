@@ -247,7 +247,7 @@ class LatentMLP(nn.Module):
         for up, down in zip(self.up, self.down):
             h = h + down(F.gelu(up(h)))
         w = self.output(z).unflatten(-1, (h.shape[-1] + 1, -1))  # (..., hidden + 1, Y)
-        return h @ w[..., :-1, :] * h.shape[-1] ** -0.5 + w[..., -1:, :]
+        return (h @ w[..., :-1, :] + w[..., -1:, :]) * h.shape[-1] ** -0.5
 
 
 class Implicit(nn.Module):

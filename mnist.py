@@ -164,10 +164,14 @@ def sample_tasks(images, B, K, args):
 
 
 def predictor(parameters, x):
-    """The fixed linear softmax predictor of the parametric regime: (..., (dim + 1) * 10), x (..., Q, dim) -> logits (..., Q, 10)."""
+    """The fixed linear softmax predictor of the parametric regime: (..., (dim + 1) * classes), x (..., Q, dim) -> logits (..., Q, classes).
+
+    The bias is the weight of one more feature, which is always 1. With a bias that is `dim` times as strong as that, updates by
+    sums over observations are about how often each label occurs and little else.
+    """
     dim = x.shape[-1]
-    w = parameters.unflatten(-1, (dim + 1, CLASSES))
-    return torch.einsum("...qd,...dc->...qc", x, w[..., :dim, :]) * dim**-0.5 + w[..., dim:, :]
+    w = parameters.unflatten(-1, (dim + 1, -1))
+    return (torch.einsum("...qd,...dc->...qc", x, w[..., :dim, :]) + w[..., dim:, :]) * dim**-0.5
 
 
 def loss(logits, y):

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
-import extract
 import imagenet
 from conftest import REAL_DATA, ROOT, call, write_features
 from imagenet import Features, Split
@@ -322,7 +321,7 @@ def source(monkeypatch):
                 Image.new("RGB", (40 + 20 * i, 50), color).save(f"images/{part}/class{c}/{i}.png")
     os.makedirs("hub")
     Path("hub/hubconf.py").write_text(HUB)
-    monkeypatch.setattr(extract, "SHARD", 5)
+    monkeypatch.setattr(imagenet, "SHARD", 5)
 
 
 FLAGS = "--extract imagenet --source images --hub-dir hub --data-dir data --batch 2 --workers 0 --device cpu"
@@ -339,7 +338,7 @@ def test_extraction_through_a_local_hub_and_back(source, capsys):
     assert sorted(p.name for p in FOLDER.iterdir()) == ["features.json", "test-00000.npy", "test-00001.npy", *(f"train-0000{i}.npy" for i in range(3))]
     assert facts["count"] == {"train": 12, "test": 8} and facts["skipped"] == {"train": [], "test": []} and facts["size"] == 5
     assert facts["backbone"] == "dinov2_vits14" and len(facts["weights_sha256"]) == 64 and facts["date"].startswith("20")
-    parts, _ = extract.read_features(FOLDER)
+    parts, _ = imagenet.read_features(FOLDER)
     for split, n in (("train", 3), ("test", 2)):
         x, y = (np.concatenate(c) for c in zip(*parts[split]))
         assert all(isinstance(x, np.memmap) or isinstance(x.base, np.memmap) for x, _ in parts[split]), "memory-mapped"
@@ -362,30 +361,30 @@ def test_a_run_on_extracted_features_names_them(source, capsys):
 
 
 def in_a_process(code):
-    start = f"import sys; sys.path.insert(0, {ROOT!r}); import imagenet, extract, os; extract.SHARD = 5; "
+    start = f"import sys; sys.path.insert(0, {ROOT!r}); import imagenet, os; imagenet.SHARD = 5; "
     return subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, start_new_session=True)
 
 
 # Code that ends its process with signal {0} once the first shard is written: in a forward pass, or in the middle of a file.
 MOMENTS = {
     "between two shards": """
-images, forward = 0, extract.forward
+images, forward = 0, imagenet.forward
 def dies(model, x, args):
     global images
     images += len(x)
     if images > 8:
         os.killpg(0, {0})
     return forward(model, x, args)
-extract.forward = dies
+imagenet.forward = dies
 """,
     "within a shard's file": """
-whole = extract.write_shard
+whole = imagenet.write_shard
 def dies(path, rows):
     whole(path, rows)
     if "-00001" in path:
         os.truncate(path, os.path.getsize(path) // 2)
         os.killpg(0, {0})
-extract.write_shard = dies
+imagenet.write_shard = dies
 """,
 }
 
@@ -397,8 +396,8 @@ def test_killed_and_resumed_it_does_no_finished_shard_again_and_ends_the_same(mo
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [p.name for p in FOLDER.glob("*.npy")] == ["train-00000.npy"]
     refused(capsys, "did not finish", "imagenet", "--data-dir data")
-    first, seen, decode = (FOLDER / "train-00000.npy").stat(), [], extract.Decoded.__getitem__
-    monkeypatch.setattr(extract.Decoded, "__getitem__", lambda self, i: seen.append(i) or decode(self, i))
+    first, seen, decode = (FOLDER / "train-00000.npy").stat(), [], imagenet.Decoded.__getitem__
+    monkeypatch.setattr(imagenet.Decoded, "__getitem__", lambda self, i: seen.append(i) or decode(self, i))
     run_extraction()
     assert seen == [*range(5, 12), *range(8)] and (FOLDER / "train-00000.npy").stat().st_mtime_ns == first.st_mtime_ns
     for path in Path("straight/features/dinov2_vits14/imagenet").glob("*.npy"):
@@ -422,7 +421,7 @@ def test_images_that_cannot_be_decoded_are_named_counted_and_skipped(source, cap
     facts, printed = json.load(open(FOLDER / "features.json")), capsys.readouterr().out
     assert facts["skipped"] == {"train": damaged[:2], "test": damaged[2:]} and facts["count"] == {"train": 10, "test": 7}
     assert "3 skipped" in printed and all(name in printed for name in damaged)
-    parts, _ = extract.read_features(FOLDER)
+    parts, _ = imagenet.read_features(FOLDER)
     x, y = (np.concatenate(c) for c in zip(*parts["train"]))
     assert y.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
     np.testing.assert_allclose(x, [expected_feature(COLORS[c]) for c in y], rtol=2e-3, atol=2e-3)
@@ -441,7 +440,7 @@ def test_a_damaged_shard_is_refused_in_training_and_made_again_by_extraction(dam
     run_extraction()
     path = FOLDER / "train-00001.npy"
     good = path.read_bytes()
-    {"truncated": truncate, "removed": os.remove, "another size": lambda path: np.save(path, np.zeros(5, extract.row_type(3)))}[damage](path)
+    {"truncated": truncate, "removed": os.remove, "another size": lambda path: np.save(path, np.zeros(5, imagenet.row_type(3)))}[damage](path)
     refused(capsys, "dinov2_vits14", "imagenet", "--data-dir data")
     run_extraction()
     assert path.read_bytes() == good
@@ -453,7 +452,7 @@ def test_the_layer_before_the_last_of_a_torchvision_classifier_with_weights_from
     network = models.mobilenet_v3_small(weights=None).eval()
     torch.save(network.state_dict(), "random.pt")
     run_extraction("--backbone torchvision:mobilenet_v3_small --weights random.pt")
-    parts, facts = extract.read_features("data/features/torchvision-mobilenet_v3_small/imagenet")
+    parts, facts = imagenet.read_features("data/features/torchvision-mobilenet_v3_small/imagenet")
     assert facts["backbone"] == "torchvision:mobilenet_v3_small with random.pt" and facts["size"] == 1024
     seen = []
     network.classifier[3].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -535,11 +534,11 @@ def test_cifar_through_torchvision(source, monkeypatch):
     pickle.dump({"label_names": [f"c{i}" for i in range(10)]}, open("pictures/cifar-10-batches-py/batches.meta", "wb"))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     run_extraction("--extract cifar10 --source pictures")
-    parts, facts = extract.read_features("data/features/dinov2_vits14/cifar10")
+    parts, facts = imagenet.read_features("data/features/dinov2_vits14/cifar10")
     assert facts["count"] == {"train": 10, "test": 4}
     image, label = datasets.CIFAR10("pictures", train=False)[3]
     assert parts["test"][0][1][3] == label
-    pixels = extract.dinov2_preprocess()(image).mean((1, 2))
+    pixels = imagenet.dinov2_preprocess()(image).mean((1, 2))
     np.testing.assert_allclose(parts["test"][0][0][3][:3], pixels + 0.5, rtol=5e-3, atol=5e-3)
 
 
