@@ -65,7 +65,7 @@ def get_args(argv=None):
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="its features/ holds them (default: $IAI_DATA or data/)")
     add("--ways", type=common.number(int, 2), default=20, help="classes of a task")
     add("--dim", type=common.count, default=128, help="leading principal components of the features that are kept, at most")
-    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=2500, lr=3e-3, width=128, heads=1)
+    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=2500, lr=3e-3, width=128, heads=1, latent=1024, hidden=128)
     return common.parse_args(parser, PRESETS, argv)
 
 
@@ -558,7 +558,6 @@ def extract_split(folder, split, images, model, facts, args, bar):
 def extract(argv):
     """What --extract does."""
     args = get_extraction_args(argv)
-    signal.signal(signal.SIGINT, lambda *_: common.fail("interrupted; finished shards are kept, and the same command goes on", 130))
     source = open_source(args)
     model, preprocess = load_backbone(args)
     facts = describe(args, source, model, preprocess)
@@ -613,7 +612,10 @@ def plot(out):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--extract" for word in argv):
-        return extract(argv)
+        try:
+            return extract(argv)
+        except KeyboardInterrupt:
+            common.fail("interrupted; finished shards are kept, and the same command goes on", 130)
     args = get_args(argv)
     if args.plot_only:
         return plot(args.plot_only)
