@@ -1,0 +1,146 @@
+"""Writes the README's tables from the JSON files beside this script: python results/tables.py
+
+Every number between a pair of <!-- table: NAME --> and <!-- end --> comments comes from here, and a test compares. A file is
+the results.json of the command that it names itself. Columns "paper" quote its tables 2 to 6, at its sizes, not at ours.
+"""
+
+import json
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+NOT_RUN = "not run"
+
+
+def read(name):
+    path = HERE / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def at(row, step, digits=1, key=None):
+    """Mean ± standard error of a row after `step` mini-batches; empty where the row has no such step."""
+    part = row[key] if key else row
+    if step not in row["steps"]:
+        return ""
+    i = row["steps"].index(step)
+    return f"{part['mean'][i]:.{digits}f} ± {part['stderr'][i]:.{digits}f}"
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def minutes(results):
+    return f"{results['train_seconds'] / 60:.1f}"
+
+
+def command(results):
+    return f"`{re.sub(' --(data-dir|out) [^ ]+', '', results['command'])}`"
+
+
+# ---------------------------------------------------------------- one function a table
+
+
+def linreg():
+    """Squared error, its multiple of the oracle, and the paper at 5 steps (tables 2, 3 and 4)."""
+    files = {
+        "linreg": ("", 0.5), "linreg-grad": ("--signal grad", 4.1), "linreg-both": ("--signal both", 0.6), "linreg-linear": ("--decoder linear", 0.5),
+        "linreg-explicit": ("--regime explicit", 2.6), "linreg-explicit-linear": ("--regime explicit --decoder linear", 2.6),
+        "linreg-implicit": ("--regime implicit", 6.2), "linreg-implicit-random": ("--regime implicit --carry random", ""),
+    }  # fmt: skip
+    rows, found = [], None
+    for name, (flags, paper) in files.items():
+        results = read(name)
+        if not results:
+            rows.append([f"`python linreg.py {flags}`".replace(" `", "`"), NOT_RUN, "", "", "", "", paper])
+            continue
+        found = results
+        m = results["metrics"]["id"]
+        oracle = results["baselines"]["id"]["ridge, all seen"]
+        ratio = m["mean"][m["steps"].index(5)] / oracle["mean"][oracle["steps"].index(5)]
+        rows.append([command(results), *(at(m, k, 3) for k in (1, 5, 10)), f"{ratio:.2f}", minutes(results), paper])
+    found = read("linreg") or found
+    for name, row in found["baselines"]["id"].items() if found else ():
+        rows.append([f"*{name}*", *(at(row, k, 3) for k in (1, 5, 10)), "", "", ""])
+    return table(["command", "1", "5", "10", "× oracle at 5", "minutes", "paper at 5"], rows)
+
+
+def errors(files, paper):
+    """Error in % of the files, one block a split, baselines (those of the first file) below the models."""
+    results = {name: read(name) for name in files}
+    found = [r for r in results.values() if r]
+    rows = [[f"`{name}`", NOT_RUN] for name, r in results.items() if not r]
+    for split in found[0]["metrics"] if found else ():
+        rows.append([f"**{found[0]['metrics'][split]['data']}**" + (" (out of distribution)" if split != "id" else "")])
+        for r in found:
+            quoted = paper.get((r["args"]["regime"], split), "") if r["args"].get("decoder") != "linear" or r["args"]["regime"] == "implicit" else ""
+            rows.append([command(r), *(at(r["metrics"][split], k) for k in (1, 2, 5, 10)), minutes(r) if split == "id" else "", quoted])
+        for name, row in found[0]["baselines"][split].items():
+            rows.append([f"*{name}*", *(at(row, k) for k in (1, 2, 5, 10))])
+    return table(["error %", "1", "2", "5", "10", "minutes", "paper at 1 / 5"], [row + [""] * (7 - len(row)) for row in rows])
+
+
+def mnist():
+    paper = {
+        ("implicit", "id"): "24.9 / 12.4", ("implicit", "ood"): "31.9 / 26.1", ("parametric", "id"): "43.9 / 35.5",
+        ("parametric", "ood"): "40.5 / 34.3", ("explicit", "id"): "89.2 / 88.7", ("explicit", "ood"): "90.0 / 90.0",
+    }  # fmt: skip
+    return errors(["mnist", "mnist-parametric", "mnist-explicit", "mnist-parametric-linear"], paper)
+
+
+def imagenet():
+    return errors(["imagenet", "imagenet-parametric", "imagenet-explicit"], {})  # other data: the paper's numbers say nothing here
+
+
+def flow():
+    """W2, and in brackets what it is above the floor of fresh samples; beside it the rows that a model has to beat."""
+    rows = []
+    for name in ("mog_flow", "alphabets"):
+        results = read(name)
+        if not results:
+            rows.append([f"`python {name}.py`", NOT_RUN, "", "", "", ""])
+            continue
+        for split, m in results["metrics"].items():
+            beside = results["baselines"][split]
+
+            def both(row, k):
+                return f"{row['mean'][row['steps'].index(k)]:.2f} ({at(row, k, 2, 'excess')})"
+
+            floor = next(row for key, row in beside.items() if "floor" in key)
+            rows.append([
+                command(results) + (", held-out letters" if split == "ood" else ""), *(both(m, k) for k in (1, 5, 10)), f"{floor['mean'][0]:.2f}",
+                both(beside["kernel density"], 5), both(beside["one Gaussian"], 5), minutes(results) if split == "id" else "",
+            ])  # fmt: skip
+    return table(["W₂ (excess)", "after 1", "5", "10", "fresh points", "kernel density at 5", "one Gaussian at 5", "minutes"], rows)
+
+
+def toposort():
+    """Stage error of every column of table 5 that was run, at 1 and at K mini-batches, with the rivals at K."""
+    results = read("toposort")
+    if not results:
+        return table(["`python toposort.py`"], [[NOT_RUN]])
+    K, names = results["args"]["steps"], list(results["metrics"])
+    rows = [[f"this model, {k} mini-batch{'es' if k > 1 else ''}", *(at(results["metrics"][s], k, 3) for s in names)] for k in (1, K, 2 * K)]
+    for name in results["baselines"][names[0]]:
+        rows.append([f"*{name}*", *(at(results["baselines"][s][name], K, 3) for s in names)])
+    for key, label in (("free", "free-running error"), ("violated", "share of edges violated")):
+        rows.append([f"this model, {label}", *(at(results["metrics"][s], K, 3, key) for s in names)])
+    return table(["stage error", *(results["metrics"][s]["data"] for s in names)], rows)
+
+
+TABLES = {"linreg": linreg, "mnist": mnist, "imagenet": imagenet, "flow": flow, "toposort": toposort}
+
+
+def fill(text):
+    """README text with every table made anew."""
+
+    def replace(match):
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", replace, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text()))
