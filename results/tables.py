@@ -43,6 +43,31 @@ def command(results):
 # ---------------------------------------------------------------- one function a table
 
 
+def quick():
+    """What to expect of the main commands."""
+
+    def error(r, split="id"):
+        m = r["metrics"][split]
+        return "step 1: {:.3g}, step 5: {:.3g}".format(*(m["mean"][m["steps"].index(k)] for k in (1, 5)))
+
+    def regression(r):
+        oracle = r["baselines"]["id"]["ridge, all seen"]
+        return f"squared error at {error(r)}; oracle {oracle['mean'][oracle['steps'].index(5)]:.3g}"
+
+    def order(r):
+        K = r["args"]["steps"]
+        return "; ".join(f"{m['data']}: stage error {m['mean'][m['steps'].index(K)]:.2f}" for m in list(r["metrics"].values())[:2])
+
+    jobs = {
+        "linreg": regression, "linreg-implicit": regression, "mnist-parametric": lambda r: f"error % at {error(r)}", "mnist": lambda r: f"error % at {error(r)}",
+        "imagenet-parametric": lambda r: f"error % at {error(r)} ({r['metrics']['id']['data']})", "toposort": order,
+        "mog_flow": lambda r: f"W₂ at {error(r)}", "alphabets": lambda r: f"W₂ at {error(r)}",
+    }  # fmt: skip
+    rows = [[command(r), minutes(r), expect(r)] for r, expect in ((read(name), expect) for name, expect in jobs.items()) if r]
+    paper = [[f"`python {script}.py --preset paper`, one GPU", NOT_RUN, ""] for script in ("linreg", "mnist", "imagenet", "toposort", "mog_flow", "alphabets")]
+    return table(["one laptop core", "minutes", "expect"], rows + paper)
+
+
 def linreg():
     """Squared error, its multiple of the oracle, and the paper at 5 steps (tables 2, 3 and 4)."""
     files = {
@@ -130,7 +155,7 @@ def toposort():
     return table(["stage error", *(results["metrics"][s]["data"] for s in names)], rows)
 
 
-TABLES = {"linreg": linreg, "mnist": mnist, "imagenet": imagenet, "flow": flow, "toposort": toposort}
+TABLES = {"quick": quick, "linreg": linreg, "mnist": mnist, "imagenet": imagenet, "flow": flow, "toposort": toposort}
 
 
 def fill(text):

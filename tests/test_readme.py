@@ -1,0 +1,45 @@
+"""The README: its tables come from results/, its commands are understood, and its files are there."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+sys.path.insert(0, os.path.join(ROOT, "results"))
+import tables
+
+README = open(os.path.join(ROOT, "README.md")).read()
+RESULTS = [name for name in sorted(os.listdir(os.path.join(ROOT, "results"))) if name.endswith(".json") and name != "bench.json"]
+COMMANDS = sorted(set(re.findall(r"python (\w+)\.py((?: --?[a-z0-9][^\s`|]*(?: [^\s`|#,-][^\s`|#,]*)?)*)", README)))
+
+
+def test_the_tables_are_those_of_the_results():
+    assert tables.fill(README) == README, "run: python results/tables.py"
+    assert re.findall(r"<!-- table: (\w+) -->", README) == list(dict.fromkeys(re.findall(r"<!-- table: (\w+) -->", README)))
+    assert set(re.findall(r"<!-- table: (\w+) -->", README)) == set(tables.TABLES)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_names_the_command_the_data_and_the_machine_it_is_from(name):
+    results = json.load(open(os.path.join(ROOT, "results", name)))
+    script = shlex.split(results["command"])[1]
+    assert script == results["script"] + ".py" and os.path.exists(os.path.join(ROOT, script))
+    assert all(results[key] for key in ("data", "machine", "torch", "iterations", "train_seconds")) and results["seed"] >= 0
+
+
+@pytest.mark.parametrize("script,flags", COMMANDS, ids=["".join(c) for c in COMMANDS])
+def test_commands_are_understood(script, flags, monkeypatch):
+    if script in ("bench", "tables") or "--extract" in flags or re.search(r"(DIR|FILE|--help)\b", flags):
+        pytest.skip("no training run")
+    importlib.import_module(script).get_args(shlex.split(flags) + ["--device", "cpu"])
+
+
+def test_linked_files_exist():
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert os.path.exists(os.path.join(ROOT, path)), path
