@@ -90,11 +90,19 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks without positions: a mini-batch is a set. Runs in `self.dtype`, takes and returns float32."""
+    """A stack of blocks without positions: a mini-batch is a set. Runs in `self.dtype`, takes and returns float32.
 
-    def __init__(self, width, depth, heads):
+    With `alike`, attention starts by similarity, which shortens the plateau of in-context learning. Not where tokens see
+    themselves: they are most similar to themselves.
+    """
+
+    def __init__(self, width, depth, heads, alike=False):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        if alike:
+            with torch.no_grad():
+                for block in self.blocks:
+                    block.key_value.weight[:width] = block.query.weight
         self.norm = nn.LayerNorm(width)
         self.dtype = torch.float32
 
@@ -263,10 +271,7 @@ class Implicit(nn.Module):
         self.query = nn.Linear(x_dim + D, D) if args.state == "latent" else self.observation
         self.query_embedding = nn.Parameter(0.02 * torch.randn(D))
         self.older = nn.Linear((self.history - 1) * S, D) if self.history > 1 else None
-        self.transformer = Transformer(D, args.depth, args.heads)
-        with torch.no_grad():  # queries start from attention by similarity: it shortens the plateau of in-context learning
-            for block in self.transformer.blocks:
-                block.key_value.weight[:D] = block.query.weight
+        self.transformer = Transformer(D, args.depth, args.heads, alike=True)
         self.decoder = nn.Linear(D, y_dim)
 
     def initial_state(self, query_x):

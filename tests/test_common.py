@@ -207,6 +207,15 @@ def test_our_transformer_equals_pytorchs_encoder_layers(causal):
     close(ours(x, causal), ours.norm(expected), 1e-4)
 
 
+def test_keys_start_equal_to_queries_where_asked():
+    torch.manual_seed(0)
+    for alike in (False, True):
+        for block in Transformer(8, 2, 2, alike).blocks:
+            assert torch.equal(block.key_value.weight[:8], block.query.weight) == alike
+    block = common.REGIMES["implicit"](settings(), X, Y).transformer.blocks[1]
+    assert torch.equal(block.key_value.weight[:8], block.query.weight)
+
+
 @pytest.mark.parametrize("causal", (False, True))
 def test_context_and_queries_equal_pytorchs_encoder_under_one_joint_mask(causal):
     """Queries see a prefix of the context of their own, not each other and not themselves; the context sees no query."""

@@ -126,7 +126,7 @@ def test_predictor_loss_and_error_one_number_at_a_time():
     assert logits.shape == (2, 3, 6, 10)
     for t, b, q in np.ndindex(2, 3, 6):
         w = parameters[t, b].view(5, 10)
-        expected = [sum(w[d, c] * x[b, q, d] for d in range(4)) / 2 + w[4, c] for c in range(10)]
+        expected = [(sum(w[d, c] * x[b, q, d] for d in range(4)) + w[4, c]) / 2 for c in range(10)]
         torch.testing.assert_close(logits[t, b, q], torch.stack(expected), rtol=1e-4, atol=1e-4)
         label = int(y[b, q].argmax())
         torch.testing.assert_close(mnist.loss(logits, y)[t, b, q], F.cross_entropy(logits[t, b, q], torch.tensor(label)))
