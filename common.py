@@ -9,6 +9,7 @@ T prefixes of a mini-batch, H past states, P numbers in a state, X and Y numbers
 
 import argparse
 import collections
+import contextlib
 import json
 import math
 import os
@@ -316,6 +317,8 @@ REGIMES = {"parametric": Parametric, "explicit": Explicit, "implicit": Implicit}
 
 def fail(message, code=2):
     """Ends the program with one line on stderr."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # or it would draw itself once more, below the line
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -504,9 +507,14 @@ def seed_all(stream, seed, index=0):
 
 
 def replace_file(path, write):
-    """Calls write(temporary path) and moves the file into place: a kill leaves the old file or the new one."""
-    write(path + ".tmp")
-    os.replace(path + ".tmp", path)
+    """Calls write(temporary path) and moves the file into place: a kill or a full disk leaves the old file or the new one."""
+    try:
+        write(path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        fail(f"cannot write {path} ({getattr(error, 'strerror', None) or 'is the disk full?'}); what was there before is kept")
 
 
 def write_text(path, text, mode="w"):
@@ -642,11 +650,9 @@ class Journal:
         if self.pending:
             bad = (~torch.stack(self.pending).isfinite().all(1)).nonzero().flatten().tolist()
             if bad:
-                self.bar.close()
                 at = self.iteration - len(self.pending) + bad[0] + 1
                 fail(f"the loss is not finite at iteration {at}; {self.path} holds the last good state (a lower --lr may help)")
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            self.bar.close()
             fail(f"weights are not finite after iteration {self.iteration}; {self.path} holds the last good state (a lower --lr may help)")
 
     def flush(self):
@@ -655,7 +661,10 @@ class Journal:
         self.pending = []
         lr = self.optimizer.param_groups[0]["lr"]
         row = {"iteration": self.iteration, "loss": losses, "metric": metric, "lr": lr, "seconds": round(self.seconds, 2)}
-        write_text(self.log_path, json.dumps(row) + "\n", "a")
+        try:
+            write_text(self.log_path, json.dumps(row) + "\n", "a")
+        except OSError as error:
+            fail(f"cannot write {self.log_path} ({error.strerror}); {self.path} holds the last good state")
         self.bar.set_postfix_str(f"loss {losses[-1]:.4f} metric {metric:.3g}")
 
     def save(self):

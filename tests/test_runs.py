@@ -137,6 +137,18 @@ def test_sigkill_at_random_moments_loses_no_bit(kills):
     assert_same_run("straight", "broken")
 
 
+def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(finished_copy):
+    """A limit on the size of files stands in for the disk: the checkpoint of the first save is whole, a larger one does not fit."""
+    folder = finished_copy("linreg")
+    before = (folder / "checkpoint.pt").read_bytes()
+    start = "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import common, linreg; "
+    limit = "save = common.Journal.save; common.Journal.save = lambda self: (resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)), save(self)); "
+    command = [sys.executable, "-c", start + limit + "linreg.main(sys.argv[1:])", ROOT, "--resume", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: cannot write"), done.stderr
+    assert (folder / "checkpoint.pt").read_bytes() == before and not (folder / "checkpoint.pt.tmp").exists()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resuming_a_finished_run_changes_nothing(script, finished, finished_copy):
     folder = finished_copy(script)
