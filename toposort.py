@@ -31,7 +31,7 @@ def get_args(argv=None):
     add("--nodes", type=common.number(int, 3), default=8, help="nodes of the graphs that are trained on")
     add("--eval-nodes", type=common.number(int, 3), default=16, help="a second size to evaluate at")
     add("--mechanism", choices=("both", *MECHANISMS), default="both", help="train on linear functions, on random Fourier features, or on both")
-    add("--residual", choices=("kernel", "none"), default="kernel", help="whether cells also hold what kernel regression on the other nodes leaves of them")
+    add("--cells", choices=("residuals", "values"), default="residuals", help="what the model sees of a cell: its value alone, or also what regressions on the other nodes leave of it")
     parser.set_defaults(regime="implicit", steps=3, context=50, tasks=8, iters=4000, lr=3e-3, width=32, depth=2, eval_tasks=128)
     args = common.parse_args(parser, PRESETS, argv)
     if args.plot_only:
@@ -208,17 +208,32 @@ def sample_tasks(B, K, args):
 # ---------------------------------------------------------------- the model
 
 
-def leave_one_out(x, alive, ridge=0.1):
-    """What is left of each value when its node is predicted from the other nodes by the other rows: x (B, n, d) -> (B, n, d).
+def precision(x, alive, ridge=0.01):
+    """The inverse covariance of standardised rows x (B, n, d), in float64; 1 on the diagonal of removed nodes -> (B, d, d)."""
+    x = (x - x.mean(1, keepdim=True)) * alive[:, None]
+    covariance = (x.double().mT @ x.double()) / x.shape[1]
+    return torch.linalg.inv(covariance + torch.diag_embed(torch.where(alive, ridge, 1.0).double()))
 
-    Kernel ridge regression, a Gaussian kernel one unit wide in the mean square over the other nodes that are left. Its
-    residuals for rows left out have a closed form: (A^-1 y)_r / (A^-1)_rr with A the kernel matrix + the ridge.
+
+def linear_residual(x, alive):
+    """What linear regression on the other nodes leaves of each value, at unit size, and its log size: two (B, n, d)."""
+    inverse = precision(x, alive)
+    size = inverse.diagonal(dim1=1, dim2=2)[:, None].rsqrt()
+    return ((x - x.mean(1, keepdim=True)).double() @ (inverse * alive[:, :, None]) * size).float(), size.log().float().expand_as(x)
+
+
+def kernel_residual(x, alive, ridge=0.1):
+    """What kernel regression on the other nodes, fitted to the other rows, leaves of each value, and its log size: two (B, n, d).
+
+    Ridge regression with a Gaussian kernel, one unit wide in the mean square over the other nodes. Leaving a row out
+    has a closed form: its residual is (A^-1 y)_r / (A^-1)_rr with A the kernel matrix plus the ridge.
     """
     square = (x[:, :, None] - x[:, None]).square() * alive[:, None, None]  # (B, n, n, d)
     others = (alive.sum(1) - 1).view(-1, 1, 1, 1)
     kernel = torch.exp((square - square.sum(-1, keepdim=True)) / (2 * others)).permute(0, 3, 1, 2)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel + ridge * torch.eye(x.shape[1], device=x.device)))  # (B, d, n, n)
-    return ((inverse @ x.mT[..., None])[..., 0] / inverse.diagonal(dim1=2, dim2=3)).mT
+    residual = ((inverse @ x.mT[..., None])[..., 0] / inverse.diagonal(dim1=2, dim2=3)).mT
+    return 3 * residual, (residual.square().mean(1, keepdim=True) + 1e-5).log().div(2).expand_as(x)
 
 
 class LeafPredictor(nn.Module):
@@ -230,8 +245,8 @@ class LeafPredictor(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.history, self.carried, self.residual = args.history, args.carry, args.residual == "kernel"
-        D, inputs = args.width, 1 + 2 * self.residual + self.history
+        self.history, self.carried, self.cells = args.history, args.carry, args.cells
+        D, inputs = args.width, (5 if args.cells == "residuals" else 1) + args.history
         self.initial = nn.Parameter(torch.zeros(()))  # one for all nodes, which have no names
         self.cell = nn.Sequential(nn.Linear(inputs, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
         self.transformer = common.Transformer(D, 2 * args.depth, args.heads)
@@ -252,10 +267,8 @@ class LeafPredictor(nn.Module):
             x = x[:, : int(common.draw_size(self.carried, x.shape[1], ()))]
         B, N, d = x.shape
         inputs = [x, *(state[:, None].expand_as(x) for state in past)]
-        if self.residual:
-            rest = leave_one_out(x, alive)
-            size = (rest.square().mean(1, keepdim=True) + 1e-6).sqrt()
-            inputs += [rest / size, size.log().expand_as(x)]
+        if self.cells == "residuals":
+            inputs += [*linear_residual(x, alive), *kernel_residual(x, alive)]
         h = self.cell(torch.stack(inputs, -1))  # (B, N, d, D)
         visible = alive.repeat_interleave(N, 0)[:, None, None]  # (B * N, 1, 1, d): removed nodes are no keys
         with self.transformer.autocast(x):
@@ -352,13 +365,6 @@ def violated(graph, order):
     return (graph & (place[:, :, None] > place[:, None])).sum((1, 2)) / graph.sum((1, 2)).clamp(min=1).double()
 
 
-def determined(x):
-    """How well the other columns determine each of x (B, n, m), linearly: a monotone function of R^2."""
-    x = x.double() - x.double().mean(1, keepdim=True)
-    covariance = x.mT @ x / x.shape[1]
-    return (torch.linalg.inv(covariance + 1e-6 * torch.eye(x.shape[2], device=x.device)).diagonal(dim1=1, dim2=2) * covariance.diagonal(dim1=1, dim2=2)).log()
-
-
 def topological(graph):
     """A true order of each graph (B, d, d) -> (B, d)."""
     return roll_out(lambda nodes: leaves(take(graph, nodes)).float(), graph, None, forced=False)[1]
@@ -374,20 +380,22 @@ def contenders(model, raw, batches, luck):
         each = infer(model, columns(batches[:k], nodes).flatten(0, 1)[None])  # k mini-batches as k tasks of one step
         return each.softmax(-1).view(k, *nodes.shape).mean(0)
 
-    def residual(k, nodes):
+    def unexplained(k, nodes):  # a monotone function of 1 - R^2
+        return linear_residual(seen(k, nodes), torch.ones_like(nodes, dtype=torch.bool))[1][:, 0]
+
+    def kernel_unexplained(k, nodes):
         each = columns(batches[:k], nodes).flatten(0, 1)
-        left = leave_one_out(each, torch.ones_like(each[:, 0], dtype=torch.bool))
-        return left.square().mean(1).view(k, *nodes.shape).mean(0)
+        return kernel_residual(each, torch.ones_like(each[:, 0], dtype=torch.bool))[1][:, 0].view(k, *nodes.shape).mean(0)
 
     return {
         OURS: lambda k, nodes: infer(model, columns(batches[:k], nodes)),
         "vote, no state": vote,
         "one step on all rows": lambda k, nodes: infer(model, seen(k, nodes)[None]),
         "random order": lambda k, nodes: luck[:, 0].gather(1, nodes),
-        "largest R2": lambda k, nodes: determined(seen(k, nodes)),
-        "smallest R2": lambda k, nodes: -determined(seen(k, nodes)),
-        "largest kernel R2": lambda k, nodes: -residual(k, nodes),
-        "smallest kernel R2": residual,
+        "largest R2": lambda k, nodes: -unexplained(k, nodes),
+        "smallest R2": unexplained,
+        "largest kernel R2": lambda k, nodes: -kernel_unexplained(k, nodes),
+        "smallest kernel R2": kernel_unexplained,
         "largest raw variance": lambda k, nodes: raw.var(1).gather(1, nodes),
     }
 

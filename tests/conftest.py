@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 TINY = {
     "linreg": "--dim 3 --context 5 --queries 4 --tasks 4 --width 8 --depth 1 --heads 2 --iters 3 --eval-tasks 4 --steps 2 --device cpu",
     "mnist": "--dim 4 --context 5 --queries 4 --tasks 4 --width 8 --depth 1 --heads 2 --iters 3 --eval-tasks 4 --steps 2 --device cpu",
+    "toposort": "--nodes 4 --eval-nodes 5 --context 5 --tasks 4 --width 8 --depth 1 --heads 2 --iters 3 --eval-tasks 4 --steps 2 --device cpu",
 }
 SCRIPTS = list(TINY)
 
