@@ -341,8 +341,8 @@ def infer(model, batches):
 def roll_out(score, graph, luck, forced):
     """Removes the node of the largest score(nodes left (B, m)) -> (B, m) until one is left.
 
-    The stage error is 1 where that node is no leaf of the graph that is left. Forced: a random true leaf is then removed in
-    its place (drawn by `luck` (B, d, d)). -> mean error over the d - 1 stages (B,), nodes in their order (B, d), sources first
+    The stage error is 1 where that node is no leaf of the graph that is left. Where `forced` (B,), a random true leaf is then
+    removed in its place (drawn by `luck` (B, d, d)). -> mean error over the d - 1 stages (B,), the order (B, d), sources first
     """
     B, d, _ = graph.shape
     nodes, wrong, removed = torch.arange(d, device=graph.device).expand(B, d), 0.0, []
@@ -350,9 +350,8 @@ def roll_out(score, graph, luck, forced):
         leaf = leaves(take(graph, nodes))
         pick = score(nodes).argmax(1, keepdim=True)
         right = leaf.gather(1, pick)
-        if forced:
-            other = luck[:, m - 1, :m].masked_fill(~leaf, -1).argmax(1, keepdim=True)
-            pick = torch.where(right, pick, other)
+        other = luck[:, m - 1, :m].masked_fill(~leaf, -1).argmax(1, keepdim=True)
+        pick = torch.where(forced[:, None] & ~right, other, pick)
         wrong = wrong + (~right[:, 0]).double() / (d - 1)
         removed.append(nodes.gather(1, pick))
         nodes = nodes[torch.ones_like(leaf).scatter(1, pick, False)].view(B, m - 1)
@@ -367,7 +366,7 @@ def violated(graph, order):
 
 def topological(graph):
     """A true order of each graph (B, d, d) -> (B, d)."""
-    return roll_out(lambda nodes: leaves(take(graph, nodes)).float(), graph, None, forced=False)[1]
+    return roll_out(lambda nodes: leaves(take(graph, nodes)).float(), graph, torch.rand(*graph.shape), torch.zeros(len(graph), dtype=torch.bool))[1]
 
 
 def contenders(model, raw, batches, luck):
@@ -380,8 +379,8 @@ def contenders(model, raw, batches, luck):
         each = infer(model, columns(batches[:k], nodes).flatten(0, 1)[None])  # k mini-batches as k tasks of one step
         return each.softmax(-1).view(k, *nodes.shape).mean(0)
 
-    def unexplained(k, nodes):  # a monotone function of 1 - R^2
-        return linear_residual(seen(k, nodes), torch.ones_like(nodes, dtype=torch.bool))[1][:, 0]
+    def unexplained(k, nodes):  # 1 - R^2
+        return 1 / precision(seen(k, nodes), torch.ones_like(nodes, dtype=torch.bool), ridge=1e-9).diagonal(dim1=1, dim2=2)
 
     def kernel_unexplained(k, nodes):
         each = columns(batches[:k], nodes).flatten(0, 1)
@@ -410,15 +409,16 @@ def compare(model, args, mechanism, shift, nodes):
         stream = 4 * nodes + 2 * MECHANISMS.index(mechanism) + list(FAMILIES).index(shift)
         common.seed_all(common.EVALUATION, stream, index)  # always 32 graphs, then cut: they do not depend on --eval-tasks
         drawn = *sample_data(32, 2 * K * args.context, nodes, shift, [mechanism], args.device), torch.rand(32, nodes, nodes, device=args.device)
-        raw, graph, luck = (part[: args.eval_tasks - first] for part in drawn)
+        B = min(32, args.eval_tasks - first)
+        raw, graph, luck = (torch.cat(2 * [part[:B]]) for part in drawn)  # once with true leaves forced, once running free
+        forced = torch.arange(2 * B, device=args.device) < B
         batches = standardise(raw).unflatten(1, (2 * K, -1)).transpose(0, 1)  # (2K, B, N, d)
         for name, score in contenders(model, raw, batches, luck).items():
             for k in steps if name == OURS else [k for k in steps if k and (name not in RIVALS or k % K == 0)]:
-                forced, _ = roll_out(lambda nodes: score(k, nodes), graph, luck, forced=True)
-                free, order = roll_out(lambda nodes: score(k, nodes), graph, luck, forced=False)
-                rows.setdefault(name, {}).setdefault(k, []).append(torch.stack([forced, free, violated(graph, order)]))
+                error, order = roll_out(lambda nodes: score(k, nodes), graph, luck, forced)
+                rows.setdefault(name, {}).setdefault(k, []).append(torch.stack([*error.view(2, B), violated(graph, order)[B:]]))
                 if name == OURS and first == 0:  # the first graph is drawn
-                    example[k] = order[0].tolist()
+                    example[k] = order[B].tolist()
         if first == 0:
             edges, true_order = graph[0].nonzero().tolist(), topological(graph[:1])[0].tolist()
 

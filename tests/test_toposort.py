@@ -352,7 +352,7 @@ def test_loss_is_minus_the_log_of_the_chance_to_remove_a_leaf():
 def test_an_oracle_makes_no_error():
     graph = torch.cat([toposort.take(family(20, 7, "cpu"), torch.rand(20, 7).argsort(1)) for family in SHIFTS])
     for forced in (True, False):
-        error, order = toposort.roll_out(lambda nodes: toposort.leaves(toposort.take(graph, nodes)).float(), graph, torch.rand(100, 7, 7), forced)
+        error, order = toposort.roll_out(lambda nodes: toposort.leaves(toposort.take(graph, nodes)).float(), graph, torch.rand(100, 7, 7), torch.full((100,), forced))
         assert error.abs().max() == 0 and toposort.violated(graph, order).max() == 0
     assert (order.sort(1)[0] == torch.arange(7)).all()
 
@@ -361,7 +361,7 @@ def test_an_oracle_makes_no_error():
 def test_removal_equals_a_loop_over_graphs(forced):
     graph = toposort.take(toposort.erdos_renyi(40, 6, "cpu"), torch.rand(40, 6).argsort(1))
     taste, luck = torch.rand(40, 6), torch.rand(40, 6, 6)
-    error, order = toposort.roll_out(lambda nodes: taste.gather(1, nodes), graph, luck, forced)
+    error, order = toposort.roll_out(lambda nodes: taste.gather(1, nodes), graph, luck, torch.full((40,), forced))
     for b in range(40):
         left, wrong, removed = list(range(6)), 0, []
         while len(left) > 1:
@@ -395,7 +395,7 @@ def test_chance_at_20_nodes(shift):
     graph = torch.cat([family(600, 20, "cpu") for family in families])
     luck = torch.rand(len(graph), 20, 20)
     for forced, known in zip((True, False), RANDOM[shift, 20]):
-        error, order = toposort.roll_out(lambda nodes: torch.rand(nodes.shape), graph, luck, forced)
+        error, order = toposort.roll_out(lambda nodes: torch.rand(nodes.shape), graph, luck, torch.full((len(graph),), forced))
         assert error.mean() == pytest.approx(known, abs=0.03)
     assert toposort.violated(graph, order).mean() == pytest.approx(0.5, abs=0.02)
 
@@ -437,7 +437,7 @@ def test_rivals_see_the_same_rows_and_no_state():
 def test_raw_variance_gives_linear_orders_away():
     """The trap that standardising avoids."""
     scores, raw, batches, graph = contenders(B=150)
-    errors = {name: toposort.roll_out(lambda nodes: scores[name](2, nodes), graph, torch.rand(150, 6, 6), True)[0].mean() for name in ("largest raw variance", "random order")}
+    errors = {name: toposort.roll_out(lambda nodes: scores[name](2, nodes), graph, torch.rand(150, 6, 6), torch.ones(150).bool())[0].mean() for name in ("largest raw variance", "random order")}
     assert errors["largest raw variance"] < 0.25 < 0.4 < errors["random order"]
     assert torch.allclose(batches.transpose(0, 1).flatten(1, 2).var(1), torch.ones(150, 6), atol=1e-4)
 
