@@ -31,7 +31,6 @@ def get_args(argv=None):
     add("--nodes", type=common.number(int, 3), default=8, help="nodes of the graphs that are trained on")
     add("--eval-nodes", type=common.number(int, 3), default=16, help="a second size to evaluate at")
     add("--mechanism", choices=("both", *MECHANISMS), default="both", help="train on linear functions, on random Fourier features, or on both")
-    add("--cells", choices=("residuals", "values"), default="residuals", help="what the model sees of a cell: its value alone, or also what regressions on the other nodes leave of it")
     parser.set_defaults(regime="implicit", steps=3, context=50, tasks=8, iters=4000, lr=3e-3, width=32, depth=2, eval_tasks=128)
     args = common.parse_args(parser, PRESETS, argv)
     if args.plot_only:
@@ -239,17 +238,16 @@ def kernel_residual(x, alive, ridge=0.1):
 class LeafPredictor(nn.Module):
     """The implicit regime (eq. 8) on a table: the state is one leaf logit a node, refined by attention over rows and nodes.
 
-    Tokens are cells of the table. Blocks alternate: cells of a row attend to each other (over nodes), then cells of a
-    column (over rows). Nothing tells rows or nodes apart but their values. With one step the state is a constant input.
+    Tokens are the cells of a column, which attend to each other; their mean is the node's token, and nodes attend to each
+    other. Nothing tells rows or nodes apart but their values. With one step the state is a constant input.
     """
 
     def __init__(self, args):
         super().__init__()
-        self.history, self.carried, self.cells = args.history, args.carry, args.cells
-        D, inputs = args.width, (5 if args.cells == "residuals" else 1) + args.history
+        self.history, self.carried, self.depth, D = args.history, args.carry, args.depth, args.width
         self.initial = nn.Parameter(torch.zeros(()))  # one for all nodes, which have no names
-        self.cell = nn.Sequential(nn.Linear(inputs, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
-        self.transformer = common.Transformer(D, 2 * args.depth, args.heads)
+        self.cell = nn.Sequential(nn.Linear(5 + args.history, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+        self.transformer = common.Transformer(D, 2 * args.depth, args.heads)  # first over rows, then over nodes
         self.decoder = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 1))
 
     def initial_state(self, alive):
@@ -262,23 +260,19 @@ class LeafPredictor(nn.Module):
         return states[0]
 
     def update(self, past, x, y, alive):
-        """The last H states (B, d) and rows x (B, N, d), of nodes alive (B, d) -> the next states (1, B, d)."""
+        """The last H states (B, d) and rows x (B, N, d) of the nodes alive (B, d) -> the next states (1, B, d)."""
         if self.training:  # one random number of rows a step for the whole batch (sec. 11.4)
             x = x[:, : int(common.draw_size(self.carried, x.shape[1], ()))]
         B, N, d = x.shape
-        inputs = [x, *(state[:, None].expand_as(x) for state in past)]
-        if self.cells == "residuals":
-            inputs += [*linear_residual(x, alive), *kernel_residual(x, alive)]
-        h = self.cell(torch.stack(inputs, -1))  # (B, N, d, D)
-        visible = alive.repeat_interleave(N, 0)[:, None, None]  # (B * N, 1, 1, d): removed nodes are no keys
+        inputs = [x, *linear_residual(x, alive), *kernel_residual(x, alive), *(state[:, None].expand_as(x) for state in past)]
+        h = self.cell(torch.stack(inputs, -1)).transpose(1, 2).reshape(B * d, N, -1)
         with self.transformer.autocast(x):
-            for over_nodes, over_rows in zip(self.transformer.blocks[::2], self.transformer.blocks[1::2]):
-                h = h.reshape(B * N, d, -1)
-                h = over_nodes(h, over_nodes.memory(h), visible)
-                h = h.view(B, N, d, -1).transpose(1, 2).reshape(B * d, N, -1)
-                h = over_rows(h, over_rows.memory(h))
-                h = h.view(B, d, N, -1).transpose(1, 2)
-        return self.decoder(self.transformer.norm(h.float()).mean(1))[..., 0][None]
+            for block in self.transformer.blocks[: self.depth]:
+                h = block(h, block.memory(h))
+            h = h.mean(1).view(B, d, -1)
+            for block in self.transformer.blocks[self.depth :]:
+                h = block(h, block.memory(h), alive[:, None, None])  # removed nodes are no keys
+        return self.decoder(self.transformer.norm(h.float()))[..., 0][None]
 
 
 def loss(logits, leaf, alive):
