@@ -717,7 +717,7 @@ def plot_steps(out, results, log_scale=False):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by the colour-blind too
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#999999")  # six are told apart by the colour-blind too
     metrics, log, K = results["metrics"], read_log(out), results["args"]["steps"]
     panels = len(metrics) + bool(log)
     columns = panels if panels <= 5 else 3
@@ -728,7 +728,8 @@ def plot_steps(out, results, log_scale=False):
     for ax, (split, m) in zip(axes, metrics.items()):
         ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label="this model", zorder=3)
         for i, (name, b) in enumerate(results["baselines"].get(split, {}).items(), 1):
-            ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=colors[i % len(colors)], label=name)
+            marker = "." if len(b["steps"]) > 1 else "D"
+            ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=marker, color=colors[i % len(colors)], label=name)
         ax.axvline(K, color="0.7", lw=1, zorder=0, label="trained up to here")
         where = {"id": "in distribution: ", "ood": "out of distribution: "}.get(split, "")
         ax.set(title=where + m["data"], xlabel="mini-batches seen", ylabel=m["name"])
@@ -737,8 +738,11 @@ def plot_steps(out, results, log_scale=False):
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.legend(fontsize=7)
+        if panels <= 5:
+            ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
+    if panels > 5:  # one legend for all
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=9)
     if log:
         ax = axes[panels - 1]
         for k in range(K):
@@ -749,6 +753,6 @@ def plot_steps(out, results, log_scale=False):
     args = results["args"]
     kind = args["regime"] if args["regime"] == "implicit" else f"{args['regime']}, signal {args['signal']}"
     fig.suptitle(f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}", fontsize=11)
-    fig.tight_layout()
+    fig.tight_layout(rect=(0, 0.06 if panels > 5 else 0, 1, 1))
     replace_file(os.path.join(out, "error.png"), lambda path: fig.savefig(path, dpi=130, format="png"))
     plt.close(fig)

@@ -20,7 +20,7 @@ import common
 from common import Task, refine
 
 MECHANISMS = ("lin", "rff")
-# sibling: width, depth, heads, 20 and 50 nodes. choice: the rest.
+# sibling: width, depth, heads, 20 and 50 nodes (FiP, Cond-FiP). choice: the rest.
 PRESETS = {"paper": dict(nodes=20, eval_nodes=50, context=100, steps=5, tasks=32, width=256, depth=4, heads=8, iters=50_000, lr=3e-4)}
 OURS, RIVALS = "this model", ("vote, no state", "one step on all rows", "largest kernel R2", "smallest kernel R2")  # dear: shown at K
 
@@ -41,6 +41,8 @@ def get_args(argv=None):
         common.fail(f"--state {args.state}: a node's state is its leaf logit (use --state logits)")
     if args.mask != "none":
         common.fail("--mask causal: rows and nodes are sets that attend to each other both ways (use --mask none)")
+    if args.device.startswith("mps"):
+        common.fail("--device mps has no float64, which simulating needs (use --device cpu)")
     if args.queries is not None:
         common.fail("--queries: every node of a graph is a query; set their number with --nodes")
     return args
@@ -120,6 +122,7 @@ def stochastic_blocks(B, d, device, edges=2, damp=0.1):
 
 # ---------------------------------------------------------------- the data: mechanisms and tasks
 
+# sibling: families and ranges are those of the simulators of AVICI and causica, which other work on the same task uses too.
 FAMILIES = {"in": (erdos_renyi, scale_free_in, scale_free_out), "out": (watts_strogatz, stochastic_blocks)}
 WEIGHT, LENGTH, SCALE = ({"in": (1, 3), "out": (0.5, 4)}, {"in": (7, 10), "out": (5, 12)}, {"in": (10, 20), "out": (8, 22)})
 
@@ -147,9 +150,11 @@ def simulate(graph, mechanism, shift, n, features=100):
     length, scale = (uniform(*span[shift], B, d, 1, device=device) for span in (LENGTH, SCALE))
     phase = uniform(0, 2 * math.pi, B, d, features, device=device)
     alpha = scale * (2 / features) ** 0.5 * torch.randn(B, d, features, **draw)
+    angle = torch.empty(B, n, features, device=device)  # bounded, so that float32 will do: cosines are most of the work
     for j in range(1, d):  # what a root gets is a constant, which standardising removes
         w = graph[:, :j, j, None] / length[:, j, None] * torch.randn(B, j, features, **draw)
-        x[..., j] += (torch.cos(x[..., :j] @ w + phase[:, j, None]) @ alpha[:, j, :, None])[..., 0]
+        torch.baddbmm(phase[:, j, None].float(), x[..., :j].float(), w.float(), out=angle)
+        x[..., j] += (alpha[:, j, None].float() @ angle.cos_().mT)[:, 0]
     return x
 
 
@@ -238,6 +243,9 @@ def kernel_residual(x, alive, ridge=0.1):
 class LeafPredictor(nn.Module):
     """The implicit regime (eq. 8) on a table: the state is one leaf logit a node, refined by attention over rows and nodes.
 
+    choice: beside its value and the state, a cell holds what two regressions on the other nodes leave of the value. From
+    values alone (FiP) leaves did not show in minutes of training: their signal is what is left, not what is there.
+
     Tokens are the cells of a column, which attend to each other; their mean and maximum make the node's token, and nodes
     attend to each other. Nothing tells rows or nodes apart but their values. With one step the state is a constant input.
     """
@@ -276,7 +284,10 @@ class LeafPredictor(nn.Module):
 
 
 def loss(logits, leaf, alive):
-    """-log P(the removed node is a leaf) if a node is drawn by the softmax of the logits (..., B, d) of those alive -> (..., B)."""
+    """-log P(the removed node is a leaf) if a node is drawn by the softmax of the logits (..., B, d) of those alive -> (..., B).
+
+    choice: one node is removed at a time, and any leaf will do. A yes or no for each node (FiP's loss) learned far less in short trials.
+    """
     logits = logits.masked_fill(~alive, -math.inf)
     return logits.logsumexp(-1) - logits.masked_fill(~leaf, -math.inf).logsumexp(-1)
 
@@ -457,7 +468,8 @@ def draw_order(ax, edges, order, title):
     for node, i in place.items():
         ax.text(i, 0, str(node), ha="center", va="center", fontsize=8, bbox=dict(boxstyle="circle,pad=0.25", fc="white", ec="0.3"))
     span = len(order)
-    ax.set(xlim=(-0.7, span - 0.3), ylim=(-0.3 * span, 0.3 * span), title=title)
+    ax.set(xlim=(-0.7, span - 0.3), ylim=(-0.3 * span, 0.3 * span))
+    ax.set_title(title, fontsize=10)
     ax.axis("off")
 
 
