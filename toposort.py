@@ -381,8 +381,7 @@ def contenders(model, raw, batches, luck):
         return columns(batches[:k].transpose(0, 1).flatten(1, 2), nodes)  # all rows so far (B, k N, m)
 
     def vote(k, nodes):
-        each = infer(model, columns(batches[:k], nodes).flatten(0, 1)[None])  # k mini-batches as k tasks of one step
-        return each.softmax(-1).view(k, *nodes.shape).mean(0)
+        return sum(infer(model, columns(batch[None], nodes)).softmax(-1) for batch in batches[:k]) / k
 
     def unexplained(k, nodes):  # 1 - R^2
         return 1 / precision(seen(k, nodes), torch.ones_like(nodes, dtype=torch.bool), ridge=1e-9).diagonal(dim1=1, dim2=2)
