@@ -227,7 +227,7 @@ def linear_residual(x, alive):
 
 
 def kernel_residual(x, alive, ridge=0.1):
-    """What kernel regression on the other nodes, fitted to the other rows, leaves of each value, and its log size: two (B, n, d).
+    """What kernel regression on the other nodes, fitted to the other rows, leaves of each value (tripled, to be of order one), and its log size: two (B, n, d).
 
     Ridge regression with a Gaussian kernel, one unit wide in the mean square over the other nodes. Leaving a row out
     has a closed form: its residual is (A^-1 y)_r / (A^-1)_rr with A the kernel matrix plus the ridge.
