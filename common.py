@@ -423,7 +423,7 @@ def parse_args(parser, presets, argv=None):
             if flag not in RUNTIME and value != trained[flag]:
                 fail(f"--{flag.replace('_', '-')} {value} does not fit {file}, which has {trained[flag]}")
         parser.error = lambda message: fail(f"{file} is damaged: {message}")
-        flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in trained.items()]
+        flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in trained.items() if value is not None]
         chosen = vars(parser.parse_args(flags)) | {flag: value for flag, value in given.items() if flag in RUNTIME}
     args = argparse.Namespace(**chosen, checkpoint=checkpoint)
     if args.plot_only:
@@ -753,40 +753,52 @@ def read_results(out, script):
 
 
 def plot_steps(out, results, log_scale=False):
-    """error.png: the metric against the step, with baselines, one panel a split; and the training loss of each step."""
+    """error.png: the metric against the step, with baselines, one panel a split; and the training loss of each step.
+
+    A split is in distribution, out of it, or a family of tasks that its data name describes.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by the colour-blind too
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#999999")  # six are told apart by the colour-blind too
     metrics, log, K = results["metrics"], read_log(out), results["args"]["steps"]
-    fig, axes = plt.subplots(1, len(metrics) + bool(log), figsize=(4.6 * (len(metrics) + bool(log)), 3.8), squeeze=False)
-    for ax, (split, m) in zip(axes[0], metrics.items()):
+    panels = len(metrics) + bool(log)
+    columns = panels if panels <= 5 else 3
+    fig, axes = plt.subplots(-(-panels // columns), columns, figsize=(4.6 * columns, 3.8 * -(-panels // columns)), squeeze=False)
+    axes = axes.flatten()
+    for ax in axes[panels:]:
+        ax.axis("off")
+    for ax, (split, m) in zip(axes, metrics.items()):
         ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label="this model", zorder=3)
         for i, (name, b) in enumerate(results["baselines"].get(split, {}).items(), 1):
-            ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=colors[i], label=name)
+            marker = "." if len(b["steps"]) > 1 else "D"
+            ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=marker, color=colors[i % len(colors)], label=name)
         ax.axvline(K, color="0.7", lw=1, zorder=0, label="trained up to here")
-        title = textwrap.fill(("in" if split == "id" else "out of") + f" distribution: {m['data']}", 45)
-        ax.set(title=title, xlabel="mini-batches seen", ylabel=m["name"])
+        where = "in distribution: " if split == "id" else "out of distribution: " if split.startswith("ood") else ""
+        ax.set(title=textwrap.fill(where + m["data"], 45), xlabel="mini-batches seen", ylabel=m["name"])
         if log_scale:
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.legend(fontsize=7)
+        if panels <= 5:
+            ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
+    if panels > 5:  # one legend for all
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=9)
     if log:
-        ax = axes[0, -1]
+        ax = axes[panels - 1]
         for k in range(K):
             ax.plot([r["iteration"] for r in log], [r["loss"][k] for r in log], color=plt.cm.viridis(k / max(K, 2)), lw=1, label=f"step {k + 1}")
         ax.set(title="training loss of each step", xlabel="iteration")
         ax.legend(fontsize=7, ncols=2 if K > 5 else 1)
         ax.grid(alpha=0.3)
     args = results["args"]
-    kind = args["regime"] if args["regime"] == "implicit" else f"{args['regime']}, signal {args['signal']}"
+    kind = args["regime"] if args["regime"] == "implicit" else f"{args['regime']}, signal {args['signal']}, decoder {args['decoder']}"
     fig.suptitle(f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}", fontsize=11)
-    fig.tight_layout()
+    fig.tight_layout(rect=(0, 0.06 if panels > 5 else 0, 1, 1))
     replace_file(os.path.join(out, "error.png"), lambda path: fig.savefig(path, dpi=130, format="png"))
     plt.close(fig)

@@ -26,8 +26,15 @@ TINY = {
     "linreg": "--dim 3 --context 5 --queries 4 --tasks 4 --width 8 --depth 1 --heads 2 --iters 3 --eval-tasks 4 --steps 2 --device cpu",
     "mnist": "--dim 4 --context 5 --queries 4 --tasks 4 --width 8 --depth 1 --heads 2 --iters 3 --eval-tasks 4 --steps 2 --device cpu",
     "imagenet": "--dim 4 --ways 3 --context 5 --queries 4 --tasks 4 --width 8 --depth 1 --heads 2 --iters 3 --eval-tasks 4 --steps 2 --device cpu",
+    "toposort": "--nodes 4 --eval-nodes 5 --context 5 --tasks 4 --width 8 --depth 1 --heads 2 --iters 3 --eval-tasks 4 --steps 2 --device cpu",
 }
 SCRIPTS = list(TINY)
+IMPLICIT = ("toposort",)  # scripts with one regime, one mask and one state
+
+
+def accepts(script, flags):
+    """Whether a script has what the flags ask for."""
+    return script not in IMPLICIT or not any(word in flags for word in ("parametric", "explicit", "causal", "latent"))
 
 
 def call(script, *flags, tiny=True):

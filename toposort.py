@@ -1,0 +1,529 @@
+"""Topological order of causal graphs, inferred by finding leaves again and again (sec. 9.4; table 5).
+
+A task is a causal model on `--nodes` variables: a random graph and, for each node, a function of its parents plus noise.
+From rows of data alone, standardised, the model says which nodes are leaves (have no child), and refines its K answers
+over K mini-batches of `--context` rows. Removing the likeliest leaf and asking again orders all nodes, last ones first.
+
+    python toposort.py                              # 8 nodes; tested on 8 and on 12; 11 minutes on one core
+    python toposort.py --preset paper               # 20 nodes; tested on 20 and on 50; one GPU
+"""
+
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+from common import Task, refine
+
+MECHANISMS = ("lin", "rff")
+# sibling: width, depth, heads, 20 and 50 nodes (FiP, Cond-FiP). choice: the rest.
+PRESETS = {"paper": dict(nodes=20, eval_nodes=50, context=100, steps=5, tasks=32, width=256, depth=4, heads=8, iters=50_000, lr=3e-4)}
+OURS, RIVALS = "this model", ("vote, no state", "one step on all rows", "largest kernel R2", "smallest kernel R2")  # dear: shown at K
+
+
+def get_args(argv=None):
+    parser = common.make_parser("toposort", __doc__)
+    add = parser.add_argument_group("causal graphs").add_argument
+    add("--nodes", type=common.number(int, 3), default=8, help="nodes of the graphs that are trained on")
+    add("--eval-nodes", type=common.number(int, 3), default=12, help="a second size to evaluate at")
+    add("--mechanism", choices=("both", *MECHANISMS), default="both", help="train on linear functions, on random Fourier features, or on both")
+    parser.set_defaults(regime="implicit", steps=5, context=32, tasks=8, iters=4500, lr=3e-3, width=32, depth=2, eval_tasks=100)
+    args = common.parse_args(parser, PRESETS, argv)
+    if args.plot_only:
+        return args
+    if args.regime != "implicit":
+        common.fail(f"--regime {args.regime} needs a predictor with parameters or a latent; leaf logits are refined by --regime implicit only")
+    if args.state != "logits":
+        common.fail(f"--state {args.state}: a node's state is its leaf logit (use --state logits)")
+    if args.mask != "none":
+        common.fail("--mask causal: rows and nodes are sets that attend to each other both ways (use --mask none)")
+    if args.device.startswith("mps"):
+        common.fail("--device mps has no float64, which simulating needs (use --device cpu)")
+    if args.queries is not None:
+        common.fail("--queries: every node of a graph is a query; set their number with --nodes")
+    return args
+
+
+# ---------------------------------------------------------------- the data: graphs
+#
+# Every family returns B graphs on d nodes as booleans (B, d, d), True at [i, j] for i -> j, with parents before children:
+# upper triangles. `sample_data` shuffles the nodes afterwards.
+
+
+def erdos_renyi(B, d, device):
+    """Every pair is joined independently; 1, 2 or 3 edges a node are expected."""
+    edges = torch.randint(1, 4, (B, 1, 1), device=device)
+    return (torch.rand(B, d, d, device=device) < (2 * edges / (d - 1)).clamp(max=0.99)).triu(1)
+
+
+def attach(B, d, device):
+    """Barabasi and Albert's growth: node t sends 1, 2 or 3 edges to earlier nodes, likelier to those that many point to."""
+    edges, graph = torch.randint(1, 4, (B, 1), device=device), torch.zeros(B, d, d, dtype=torch.bool, device=device)
+    for t in range(1, d):
+        rate = 1 + graph[:, :t, :t].sum(1)
+        arrival = torch.empty(B, t, device=device).exponential_() / rate  # the first in a race: drawn without replacement
+        graph[:, t, :t] = arrival.argsort(1).argsort(1) < edges
+    return graph
+
+
+def scale_free_in(B, d, device):
+    """A few nodes have many parents, and the only leaf is the oldest node."""
+    return attach(B, d, device).flip(1, 2)
+
+
+def scale_free_out(B, d, device):
+    """A few nodes have many children, and most nodes are leaves."""
+    return attach(B, d, device).mT
+
+
+def lattice(d, dim):
+    """The smallest torus of `dim` dimensions with at least d vertices -> their number, its edges (E, 2)."""
+    side = math.ceil(round(d ** (1 / dim), 6))
+    grid = np.arange(side**dim).reshape([side] * dim)
+    pairs = [np.stack([grid, np.roll(grid, -1, axis)], -1).reshape(-1, 2) for axis in range(dim)]
+    return side**dim, sorted({(min(a, b), max(a, b)) for a, b in np.concatenate(pairs).tolist() if a != b})
+
+
+def watts_strogatz(B, d, device, rewire=0.3):
+    """A torus of 2 or 3 dimensions; 30% of the edges get another end; vertices are deleted at random until d are left."""
+    parts, flat = [], int((torch.rand(B) < 0.5).sum())
+    for dim, size in ((2, flat), (3, B - flat)):
+        V, edges = lattice(d, dim)
+        graph, every = torch.zeros(size, V, V, dtype=torch.bool, device=device), torch.arange(size, device=device)
+        for a, b in edges:
+            graph[:, a, b] = graph[:, b, a] = True
+        for a, b in edges:
+            score = torch.rand(size, V, device=device).masked_fill(graph[:, a], -1)  # no double edges, and no loops
+            score[:, a] = -1
+            best, end = score.max(1)
+            end = torch.where((torch.rand(size, device=device) < rewire) & (best >= 0), end, b)
+            graph[:, a, b] = graph[:, b, a] = False
+            graph[every, a, end] = graph[every, end, a] = True
+        kept = torch.rand(size, V, device=device).argsort(1)[:, :d].sort(1)[0]
+        parts.append(take(graph, kept))
+    return torch.cat(parts).triu(1)
+
+
+def stochastic_blocks(B, d, device, edges=2, damp=0.1):
+    """5 or 10 groups of random sizes (some empty); pairs across groups are joined ten times more rarely; 2 edges a node."""
+    groups = (5 * torch.randint(1, 3, (B, 1), device=device)).clamp(max=d)
+    cut = torch.rand(B, d, device=device).argsort(1).argsort(1) < groups - 1  # a new group begins here
+    group = cut.cumsum(1).gather(1, torch.rand(B, d, device=device).argsort(1))
+    same = group[:, :, None] == group[:, None]
+    weight = torch.where(same, 1.0, damp)
+    total = weight.triu(1).sum((1, 2), keepdim=True)
+    p = (edges * d / total).clamp(max=0.99) * weight
+    return (torch.rand(B, d, d, device=device) < p).triu(1)
+
+
+# ---------------------------------------------------------------- the data: mechanisms and tasks
+
+# sibling: families and ranges are those of the simulators of AVICI and causica, which other work on the same task uses too.
+FAMILIES = {"in": (erdos_renyi, scale_free_in, scale_free_out), "out": (watts_strogatz, stochastic_blocks)}
+WEIGHT, LENGTH, SCALE = ({"in": (1, 3), "out": (0.5, 4)}, {"in": (7, 10), "out": (5, 12)}, {"in": (10, 20), "out": (8, 22)})
+
+
+def uniform(low, high, *shape, device):
+    return low + (high - low) * torch.rand(*shape, dtype=torch.float64, device=device)
+
+
+def simulate(graph, mechanism, shift, n, features=100):
+    """n rows of each graph (B, d, d), an upper triangle -> (B, n, d) in float64: raw values may span eight digits.
+
+    x_j = f_j(parents) + bias + noise. lin: weighted sum. rff: 100 random Fourier features of all parents jointly, drawn for
+    each node: nearly a draw from a Gaussian process. Noise is Gaussian in distribution and Laplace out of it.
+    """
+    (B, d, _), device = graph.shape, graph.device
+    draw = dict(dtype=torch.float64, device=device)
+    noise = torch.randn(B, n, d, **draw) if shift == "in" else torch.distributions.Laplace(torch.zeros((), **draw), 1.0).sample((B, n, d))
+    x = uniform(-3, 3, B, 1, d, device=device) + uniform(0.2, 2, B, 1, d, device=device) * noise
+    if mechanism == "lin":
+        sign = 2 * torch.randint(2, (B, d, d), device=device) - 1
+        weight = graph * sign * uniform(*WEIGHT[shift], B, d, d, device=device)
+        for j in range(1, d):
+            x[..., j] += (x[..., :j] @ weight[:, :j, j, None])[..., 0]
+        return x
+    length, scale = (uniform(*span[shift], B, d, 1, device=device) for span in (LENGTH, SCALE))
+    phase = uniform(0, 2 * math.pi, B, d, features, device=device)
+    alpha = scale * (2 / features) ** 0.5 * torch.randn(B, d, features, **draw)
+    angle = torch.empty(B, n, features, device=device)  # bounded, so that float32 will do: cosines are most of the work
+    for j in range(1, d):  # what a root gets is a constant, which standardising removes
+        w = graph[:, :j, j, None] / length[:, j, None] * torch.randn(B, j, features, **draw)
+        torch.baddbmm(phase[:, j, None].float(), x[..., :j].float(), w.float(), out=angle)
+        x[..., j] += (alpha[:, j, None].float() @ angle.cos_().mT)[:, 0]
+    return x
+
+
+def take(graph, nodes):
+    """The subgraph (B, m, m) of some nodes (B, m), in their order."""
+    B, m = nodes.shape
+    return graph.gather(1, nodes[:, :, None].expand(B, m, graph.shape[2])).gather(2, nodes[:, None].expand(B, m, m))
+
+
+def sample_data(B, n, d, shift, mechanisms, device):
+    """B causal models, as many of each family and mechanism as can be -> raw data (B, n, d), graphs (B, d, d)."""
+    share = -(-B // len(FAMILIES[shift]))
+    graph = torch.cat([family(share, d, device) for family in FAMILIES[shift]])
+    graph = graph[torch.randperm(len(graph), device=device)[:B]]
+    x = torch.cat([simulate(part, mechanism, shift, n) for part, mechanism in zip(graph.tensor_split(len(mechanisms)), mechanisms)])
+    order = torch.rand(B, d, device=device).argsort(1)  # or a model reads the answer off the columns
+    return x.gather(2, order[:, None].expand_as(x)), take(graph, order)
+
+
+def standardise(x):
+    """Each column (B, n, d) to mean 0 and variance 1: raw, the variance alone gives most of a linear order away."""
+    x = x - x.mean(1, keepdim=True)
+    return (x / x.std(1, keepdim=True).clamp(min=1e-12)).float()
+
+
+def leaves(graph):
+    """Nodes without a child: (B, d, d) -> (B, d)."""
+    return ~graph.any(2)
+
+
+def remove_leaves(graph, count):
+    """Which nodes (B, d) are left when `count` (B,) random leaves were removed one by one."""
+    alive = torch.ones(graph.shape[:2], dtype=torch.bool, device=graph.device)
+    for i in range(graph.shape[1] - 2):
+        leaf = alive & leaves(graph & alive[:, None])
+        pick = torch.rand(leaf.shape, device=graph.device).masked_fill(~leaf, -1).argmax(1)
+        alive = alive & ~(F.one_hot(pick, graph.shape[1]).bool() & (i < count)[:, None])
+    return alive
+
+
+def training_mechanisms(args):
+    return MECHANISMS if args.mechanism == "both" else (args.mechanism,)
+
+
+def sample_tasks(B, K, args):
+    """B causal models, each at a random stage of its elimination. Queries are nodes: query_x says which are left, query_y
+    which of these are leaves (both (B, d)); context_x (K, B, N, d) are rows, and context_y is empty.
+    """
+    raw, graph = sample_data(B, K * args.context, args.nodes, "in", training_mechanisms(args), args.device)
+    alive = remove_leaves(graph, torch.randint(args.nodes - 1, (B,), device=args.device))
+    rows = standardise(raw).unflatten(1, (K, -1)).transpose(0, 1)
+    return Task(rows, rows[..., :0], alive, alive & leaves(graph & alive[:, None]))
+
+
+# ---------------------------------------------------------------- the model
+
+
+def precision(x, alive, ridge=1e-4):
+    """The inverse covariance of standardised rows x (B, n, d), in float64; 1 on the diagonal of removed nodes -> (B, d, d)."""
+    x = (x - x.mean(1, keepdim=True)) * alive[:, None]
+    covariance = (x.double().mT @ x.double()) / x.shape[1]
+    return torch.linalg.inv(covariance + torch.diag_embed(torch.where(alive, ridge, 1.0).double()))
+
+
+def linear_residual(x, alive):
+    """What linear regression on the other nodes leaves of each value, at unit size, and its log size: two (B, n, d)."""
+    inverse = precision(x, alive)
+    size = inverse.diagonal(dim1=1, dim2=2)[:, None].rsqrt()
+    return ((x - x.mean(1, keepdim=True)).double() @ (inverse * alive[:, :, None]) * size).float(), size.log().float().expand_as(x)
+
+
+def kernel_residual(x, alive, ridge=0.1):
+    """The same of kernel regression, fitted to the other rows; tripled, to be of order one.
+
+    Ridge regression with a Gaussian kernel, one unit wide in the mean square over the other nodes. Leaving a row out
+    has a closed form: its residual is (A^-1 y)_r / (A^-1)_rr with A the kernel matrix plus the ridge.
+    """
+    square = (x[:, :, None] - x[:, None]).square() * alive[:, None, None]  # (B, n, n, d)
+    others = (alive.sum(1) - 1).view(-1, 1, 1, 1)
+    kernel = torch.exp((square - square.sum(-1, keepdim=True)) / (2 * others)).permute(0, 3, 1, 2)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel + ridge * torch.eye(x.shape[1], device=x.device)))  # (B, d, n, n)
+    residual = ((inverse @ x.mT[..., None])[..., 0] / inverse.diagonal(dim1=2, dim2=3)).mT
+    return 3 * residual, (residual.square().mean(1, keepdim=True) + 1e-5).log().div(2).expand_as(x)
+
+
+class LeafPredictor(nn.Module):
+    """The implicit regime (eq. 8) on a table: the state is one leaf logit a node, refined by attention over rows and nodes.
+
+    choice: beside its value and the state, a cell holds what two regressions on the other nodes leave of the value. From
+    values alone (FiP) a model stayed near chance in trials of 90 seconds; with these it was far below in the same time.
+
+    Tokens are the cells of a column, which attend to each other; their mean and maximum make the node's token, and nodes
+    attend to each other. Nothing tells rows or nodes apart but their values. With one step the state is a constant input.
+    """
+
+    def __init__(self, args):
+        super().__init__()
+        self.history, self.carried, self.depth, D = args.history, args.carry, args.depth, args.width
+        self.initial = nn.Parameter(torch.zeros(()))  # one for all nodes, which have no names
+        self.cell = nn.Sequential(nn.Linear(5 + args.history, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+        self.transformer = common.Transformer(D, 2 * args.depth, args.heads, alike=True)  # first over rows, then over nodes
+        self.decoder = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 1))
+
+    def initial_state(self, alive):
+        return self.initial.expand(alive.shape)  # (B, d)
+
+    def predict(self, states, alive):
+        return states
+
+    def carry(self, states):
+        return states[0]
+
+    def update(self, past, x, y, alive):
+        """The last H states (B, d) and rows x (B, N, d) of the nodes alive (B, d) -> the next states (1, B, d)."""
+        if self.training:  # one random number of rows a step for the whole batch (sec. 11.4)
+            x = x[:, : int(common.draw_size(self.carried, x.shape[1], ()))]
+        B, N, d = x.shape
+        inputs = [x, *linear_residual(x, alive), *kernel_residual(x, alive), *(state[:, None].expand_as(x) for state in past)]
+        h = self.cell(torch.stack(inputs, -1)).transpose(1, 2).reshape(B * d, N, -1)
+        with self.transformer.autocast(x):
+            for block in self.transformer.blocks[: self.depth]:
+                h = block(h, block.memory(h))
+            h = torch.cat([h[..., ::2].mean(1), h[..., 1::2].amax(1)], -1).view(B, d, -1)
+            for block in self.transformer.blocks[self.depth :]:
+                h = block(h, block.memory(h), alive[:, None, None])  # removed nodes are no keys
+        return self.decoder(self.transformer.norm(h.float()))[..., 0][None]
+
+
+def loss(logits, leaf, alive):
+    """-log P(the removed node is a leaf) if a node is drawn by the softmax of the logits (..., B, d) of those alive -> (..., B).
+
+    choice: one node is removed at a time, and any leaf will do. A yes or no for each node (FiP's loss) learned far less in short trials.
+    """
+    logits = logits.masked_fill(~alive, -math.inf)
+    return logits.logsumexp(-1) - logits.masked_fill(~leaf, -math.inf).logsumexp(-1)
+
+
+def error(logits, leaf, alive):
+    """1 where the likeliest leaf is none: (B, d) -> (B,)."""
+    return 1 - leaf.gather(1, logits.masked_fill(~alive, -math.inf).argmax(1, keepdim=True))[:, 0].float()
+
+
+# ---------------------------------------------------------------- training
+
+
+def make_model(args):
+    common.seed_all(common.WEIGHTS, args.seed)
+    return common.place(LeafPredictor(args), args)
+
+
+def train(model, args):
+    """Greedy training (eqs. 9, 19-22): K losses, their gradients accumulated, one optimizer step."""
+    optimizer = common.make_optimizer(model, args)
+    journal = common.Journal(model, optimizer, args)
+    model.train()
+    for iteration in journal:
+        common.seed_all(common.TRAINING, args.seed, iteration)
+        common.set_learning_rate(optimizer, iteration, args)
+        task = sample_tasks(args.tasks, args.steps, args)
+        losses = []
+        for prediction in refine(model, task):  # (1, B, d)
+            step_loss = loss(prediction, task.query_y, task.query_x).mean()
+            (step_loss / args.steps).backward()  # at once: memory does not grow with K
+            losses.append(step_loss.detach())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        journal.log(losses, error(prediction[0].detach(), task.query_y, task.query_x).mean())
+    return journal.iteration, journal.seconds
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def columns(x, nodes):
+    """Columns nodes (B, m) of x (..., B, n, d) -> (..., B, n, m)."""
+    return x.gather(-1, nodes[:, None].expand(*x.shape[:-1], nodes.shape[1]))
+
+
+def infer(model, batches):
+    """Leaf logits (B, m) after the mini-batches (k, B, N, m)."""
+    alive = torch.ones(batches.shape[1], batches.shape[3], dtype=torch.bool, device=batches.device)
+    logits = model.initial_state(alive)
+    for prediction in refine(model, Task(batches, batches[..., :0], alive, None)):
+        logits = prediction[0]
+    return logits
+
+
+def roll_out(score, graph, luck, forced):
+    """Removes the node of the largest score(nodes left (B, m)) -> (B, m) until one is left.
+
+    The stage error is 1 where that node is no leaf of the graph that is left. Where `forced` (B,), a random true leaf is then
+    removed in its place (drawn by `luck` (B, d, d)). -> mean error over the d - 1 stages (B,), the order (B, d), sources first
+    """
+    B, d, _ = graph.shape
+    nodes, wrong, removed = torch.arange(d, device=graph.device).expand(B, d), 0.0, []
+    for m in range(d, 1, -1):
+        leaf = leaves(take(graph, nodes))
+        pick = score(nodes).argmax(1, keepdim=True)
+        right = leaf.gather(1, pick)
+        other = luck[:, m - 1, :m].masked_fill(~leaf, -1).argmax(1, keepdim=True)
+        pick = torch.where(forced[:, None] & ~right, other, pick)
+        wrong = wrong + (~right[:, 0]).double() / (d - 1)
+        removed.append(nodes.gather(1, pick))
+        nodes = nodes[torch.ones_like(leaf).scatter(1, pick, False)].view(B, m - 1)
+    return wrong, torch.cat([nodes, *removed[::-1]], 1)
+
+
+def violated(graph, order):
+    """The share of edges that an order (B, d) turns round; 0 where there is no edge."""
+    place = order.argsort(1)
+    return (graph & (place[:, :, None] > place[:, None])).sum((1, 2)) / graph.sum((1, 2)).clamp(min=1).double()
+
+
+def topological(graph):
+    """A true order of each graph (B, d, d) -> (B, d)."""
+    return roll_out(lambda nodes: leaves(take(graph, nodes)).float(), graph, graph.float(), graph.new_zeros(len(graph)))[1]
+
+
+def contenders(model, raw, batches, luck):
+    """What is compared, on the same graphs and rows: name -> score(k, nodes (B, m)) -> (B, m), the largest of which is removed."""
+
+    def seen(k, nodes):
+        return columns(batches[:k].transpose(0, 1).flatten(1, 2), nodes)  # all rows so far (B, k N, m)
+
+    def vote(k, nodes):
+        return sum(infer(model, columns(batch[None], nodes)).softmax(-1) for batch in batches[:k]) / k
+
+    def unexplained(k, nodes):  # 1 - R^2
+        return 1 / precision(seen(k, nodes), torch.ones_like(nodes, dtype=torch.bool), ridge=1e-9).diagonal(dim1=1, dim2=2)
+
+    def kernel_unexplained(k, nodes):
+        each = columns(batches[:k], nodes).flatten(0, 1)
+        return kernel_residual(each, torch.ones_like(each[:, 0], dtype=torch.bool))[1][:, 0].view(k, *nodes.shape).mean(0)
+
+    return {
+        OURS: lambda k, nodes: infer(model, columns(batches[:k], nodes)),
+        "vote, no state": vote,
+        "one step on all rows": lambda k, nodes: infer(model, seen(k, nodes)[None]),
+        "random order": lambda k, nodes: luck[:, nodes.shape[1] - 1, : nodes.shape[1]],  # another one at every stage
+        "largest R2": lambda k, nodes: -unexplained(k, nodes),
+        "smallest R2": unexplained,
+        "largest kernel R2": lambda k, nodes: -kernel_unexplained(k, nodes),
+        "smallest kernel R2": kernel_unexplained,
+        "largest raw variance": lambda k, nodes: raw.var(1).gather(1, nodes),
+    }
+
+
+@torch.no_grad()
+def compare(model, args, mechanism, shift, nodes):
+    """Stage errors and violated edges after 0 ... K and 2 K mini-batches -> metric and baselines for results.json."""
+    model.eval()
+    K, rows, example = args.steps, {}, {}
+    steps = [*range(K + 1), 2 * K]
+    for index, first in enumerate(range(0, args.eval_tasks, 32)):
+        stream = 4 * nodes + 2 * MECHANISMS.index(mechanism) + list(FAMILIES).index(shift)
+        common.seed_all(common.EVALUATION, stream, index)  # always 32 graphs, then cut: they do not depend on --eval-tasks
+        drawn = *sample_data(32, 2 * K * args.context, nodes, shift, [mechanism], args.device), torch.rand(32, nodes, nodes, device=args.device)
+        B = min(32, args.eval_tasks - first)
+        raw, graph, luck = (torch.cat(2 * [part[:B]]) for part in drawn)  # once with true leaves forced, once running free
+        forced = torch.arange(2 * B, device=args.device) < B
+        batches = standardise(raw).unflatten(1, (2 * K, -1)).transpose(0, 1)  # (2K, B, N, d)
+        for name, score in contenders(model, raw, batches, luck).items():
+            for k in steps if name == OURS else [K] if name in RIVALS else steps[1:]:
+                error, order = roll_out(lambda left: score(k, left), graph, luck, forced)
+                rows.setdefault(name, {}).setdefault(k, []).append(torch.stack([*error.view(2, B), violated(graph, order)[B:]]))
+                if name == OURS and first == 0:  # the first graph is drawn
+                    example[k] = order[B].tolist()
+        if first == 0:
+            edges, true_order = graph[0].nonzero().tolist(), topological(graph[:1])[0].tolist()
+
+    def summarize(row, **extra):
+        values = torch.stack([torch.cat(chunks, 1) for chunks in rows[row].values()], -1)  # (3, tasks, steps)
+        for key, part in zip(("free", "violated"), values[1:]):
+            full = common.summary([part])
+            extra[key] = {"mean": full["mean"], "stderr": full["stderr"]}
+        return common.summary([values[0]], list(rows[row]), **extra)
+
+    where = f"{mechanism.upper()} {shift}, {nodes} nodes"
+    metric = summarize(OURS, name="stage error", data=where, edges=edges, true_order=true_order, orders=list(example.values()))
+    return metric, {name: summarize(name) for name in rows if name != OURS}
+
+
+def evaluate(model, args):
+    """All of table 5's columns: both mechanisms, in and out of distribution, at the size trained on and at a larger one."""
+    metrics, baselines = {}, {}
+    for nodes in dict.fromkeys((args.nodes, args.eval_nodes)):
+        for shift in FAMILIES:
+            for mechanism in MECHANISMS:
+                split = f"{mechanism}_{shift}_{nodes}"
+                metrics[split], baselines[split] = compare(model, args, mechanism, shift, nodes)
+    return metrics, baselines
+
+
+def data_name(args):
+    return f"causal graphs, {args.nodes} nodes, {' and '.join(m.upper() for m in training_mechanisms(args))}"
+
+
+# ---------------------------------------------------------------- plot
+
+
+def draw_order(ax, edges, order, title):
+    """A graph on a line in a given order: edges that point backwards are red and below the line."""
+    from matplotlib.patches import FancyArrowPatch
+
+    place = {node: i for i, node in enumerate(order)}
+    for a, b in ((place[a], place[b]) for a, b in edges):
+        style = dict(color="0.45", lw=1) if a < b else dict(color="#D55E00", lw=1.6)
+        ax.add_patch(FancyArrowPatch((a, 0), (b, 0), connectionstyle="arc3,rad=-0.45", arrowstyle="-|>", mutation_scale=9, shrinkA=8, shrinkB=8, **style))
+    for node, i in place.items():
+        ax.text(i, 0, str(node), ha="center", va="center", fontsize=8, bbox=dict(boxstyle="circle,pad=0.25", fc="white", ec="0.3"))
+    span = len(order)
+    ax.set(xlim=(-0.7, span - 0.3), ylim=(-0.3 * span, 0.3 * span))
+    ax.set_title(title, fontsize=10)
+    ax.axis("off")
+
+
+def plot_orders(path, results):
+    """The first graph of each evaluation at the size trained on: a true order, and those inferred from 1 and from K mini-batches."""
+    import matplotlib.pyplot as plt
+
+    K, size = results["args"]["steps"], results["args"]["nodes"]
+    panels = [m for split, m in results["metrics"].items() if split.endswith(f"_{size}")]
+    shown = list(dict.fromkeys((1, K)))
+    fig, axes = plt.subplots(len(panels), 1 + len(shown), figsize=(4.2 * (1 + len(shown)), 2.6 * len(panels)), squeeze=False)
+    for m, row in zip(panels, axes):
+        rank = {node: i + 1 for i, node in enumerate(m["true_order"])}  # named by their place in a true order
+        edges = [(rank[a], rank[b]) for a, b in m["edges"]]
+        draw_order(row[0], edges, list(rank.values()), f"{m['data']}: a true order")
+        for ax, k in zip(row[1:], shown):
+            order = [rank[node] for node in m["orders"][m["steps"].index(k)]]
+            wrong = sum(order.index(a) > order.index(b) for a, b in edges)
+            draw_order(ax, edges, order, f"after {k} step{'s' * (k > 1)}: {wrong} of {len(edges)} edges wrong")
+    fig.suptitle("the first evaluation graph of each kind; edges that the order turns round are red", fontsize=10)
+    fig.tight_layout()
+    common.replace_file(path, lambda temporary: fig.savefig(temporary, dpi=100, format="png"))
+    plt.close(fig)
+
+
+def plot(out):
+    results = common.read_results(out, "toposort")
+    common.plot_steps(out, results)
+    plot_orders(os.path.join(out, "orders.png"), results)
+    print(f"plots: {out}/error.png, orders.png")
+
+
+# ---------------------------------------------------------------- main
+
+
+def report(metrics, baselines, K):
+    """All three measures of every row at the trained K."""
+    for split, m in metrics.items():
+        for name, row in [(OURS, m), *baselines[split].items()]:
+            k = row["steps"].index(K)
+            cells = [f"{label} {part['mean'][k]:.3f} +- {part['stderr'][k]:.3f}" for label, part in (("stage error", row), ("free-running", row["free"]), ("edges violated", row["violated"]))]
+            print(f"{split} after {K} mini-batches: {', '.join(cells)} | {name}")
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.plot_only:
+        return plot(args.plot_only)
+    model = make_model(args)
+    iterations, seconds = common.trained(args) if args.eval else train(model, args)
+    metrics, baselines = evaluate(model, args)
+    common.write_results(args, model, data_name(args), iterations, seconds, metrics, baselines)
+    report(metrics, baselines, args.steps)
+    plot(args.out)
+
+
+if __name__ == "__main__":
+    main()
