@@ -725,7 +725,8 @@ def write_results(args, model, data, iterations, seconds, metrics, baselines):
         "data": data, "device": args.device, "machine": machine(args.device), "dtype": args.dtype,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed,
         "parameters": sum(p.numel() for p in model.parameters()), "iterations": iterations,
-        "train_seconds": round(seconds, 1), "metrics": metrics, "baselines": baselines,
+        "train_seconds": round(seconds, 1), "cpu_seconds": round(time.process_time(), 1),  # the latter of the whole process
+        "metrics": metrics, "baselines": baselines,
     }  # fmt: skip
     for split, m in metrics.items():
         for step, mean, stderr in zip(m["steps"], m["mean"], m["stderr"]):

@@ -30,7 +30,7 @@ def contents(folder):
     rows = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
     for row in rows:
         del row["seconds"]
-    for key in ("command", "train_seconds"):
+    for key in ("command", "train_seconds", "cpu_seconds"):
         del results[key]
     del checkpoint["train_seconds"]
     return checkpoint, results, rows

@@ -23,7 +23,7 @@ VARIANTS = [
     "--regime implicit --dtype bfloat16",
     "--regime implicit --history 2",
 ]
-KEYS = "command script args data device dtype threads torch seed parameters iterations train_seconds metrics baselines".split()
+KEYS = "command script args data device dtype threads torch seed parameters iterations train_seconds cpu_seconds metrics baselines".split()
 
 
 def assert_finite(content):
