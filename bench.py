@@ -1,8 +1,8 @@
 """Time and memory of a training step, and of the same step with PyTorch's own encoder, in turns in this process.
 
     python bench.py                                                 # every script and regime: five minutes
-    python bench.py --scripts mnist --regimes implicit --width 256  # flags that are not below go to the scripts
-    python bench.py --preset paper --device cuda                    # the paper's sizes, on a GPU
+    python bench.py --scripts mnist --regimes implicit --width 256  # flags that are not its own go to the scripts
+    python bench.py --preset paper --device cuda --dtype bfloat16   # the paper's sizes, on a GPU
 
 A turn runs the script's own `train` for about half a second, on the same tasks as the other turns; all of it but the journal
 is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. The columns:
@@ -64,9 +64,6 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="default: all")
     add("--regimes", nargs="+", choices=ALL, default=ALL, help="default: all that a script has")
-    add("--preset", choices=("laptop", "paper"), default="laptop", help="sizes; laptop: the scripts' defaults")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the transformer")
     add("--repeats", type=common.count, default=5, help="turns")
     add("--out", type=common.path, default="out/bench.json", help="the JSON file: the table, every turn, sizes and machine")
     add("--overwrite", action="store_true", help="replace that file")
@@ -80,11 +77,10 @@ def get_args(argv=None):
 
 def get_jobs(args):
     """-> (script, regime, the script's own args), all of them checked before any work."""
-    nowhere, jobs = os.path.join(tempfile.gettempdir(), "bench-writes-nothing-here"), []
-    fixed = [f"--preset={args.preset}", f"--device={args.device}", f"--dtype={args.dtype}", f"--out={nowhere}", "--overwrite"]
+    jobs, nowhere = [], os.path.join(tempfile.gettempdir(), "bench-writes-nothing-here")
     for script, regime in itertools.product(args.scripts, args.regimes):
         if regime in SCRIPTS[script]:
-            flags = [*NO_FILES.get(script, []), *args.more, f"--regime={regime}", *fixed]
+            flags = [*NO_FILES.get(script, []), *args.more, f"--regime={regime}", f"--out={nowhere}", "--overwrite"]
             with contextlib.redirect_stdout(io.StringIO()):  # the line on where a run would write
                 jobs.append((script, regime, importlib.import_module(script).get_args(flags)))
     if not jobs:
@@ -111,7 +107,7 @@ def load(script, args):
 
 
 class Stock(common.Transformer):
-    """The same function of the same weights as `common.Transformer`, by stock nn.TransformerEncoder."""
+    """The same function of the same weights as `common.Transformer`, by stock nn.TransformerEncoder, in its place in a model."""
 
     def __init__(self, width, depth, heads):
         super().__init__(width, 0, heads)  # no blocks of ours, just the last norm and the dtype
@@ -122,10 +118,10 @@ class Stock(common.Transformer):
         if causal:
             hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)  # True: may not look
         with self.autocast(x):
-            return self.norm(self.encoder(x, hidden, is_causal=causal).float())  # PyTorch has a faster kernel if it is told
+            return self.norm(self.encoder(x, hidden, is_causal=causal).float())  # told so, PyTorch takes its causal kernel
 
     def encode(self, x, causal):
-        return x, causal
+        return x, causal  # all is done in `read`
 
     def read(self, x, memories, visible=None):
         (context, causal), Q = memories, x.shape[1]
@@ -229,7 +225,8 @@ def peak_memory(train, model, args):
 def measure(script, args, repeats):
     """-> what is written about one script and regime; "table" is its row of the table."""
     name, ours, train, sample = load(script, args)
-    K, tokens, side = args.steps, args.tasks * (args.context + args.queries), 8192 if "cuda" in args.device else 2048
+    tokens = args.tasks * (args.context + (args.queries if args.regime == "implicit" else args.history * args.latent_tokens))
+    K, side = args.steps, 8192 if "cuda" in args.device else 2048
     stock = copy.deepcopy(ours)
     stock.transformer = Stock(args.width, args.depth, args.heads).to(args.device)
     stock.transformer.dtype = ours.transformer.dtype
@@ -279,10 +276,10 @@ def line(left, right, cells):
 def main(argv=None):
     args = get_args(argv)
     jobs = get_jobs(args)
-    _, _, first = jobs[0]
+    first = jobs[0][2]
     report = {
         "command": args.command, "machine": common.machine(first.device), "device": first.device, "dtype": first.dtype, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"), "preset": args.preset, "rows": [],
+        "torch": torch.__version__, "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"), "rows": [],
     }  # fmt: skip
     print(", ".join(f"{key} {report[key]}" for key in report if key not in ("command", "rows")) + " (columns: bench.py --help)")
     with mock.patch.object(common, "Journal", Clock):
@@ -292,8 +289,11 @@ def main(argv=None):
                 print(line("", "", row["table"]))
             print(line(script, regime, row["table"].values()), flush=True)
             report["rows"].append(row)
-            os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-            common.replace_file(args.out, lambda path: common.write_text(path, json.dumps(report, indent=1)))
+            try:
+                os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+                common.replace_file(args.out, lambda path: common.write_text(path, json.dumps(report, indent=1)))
+            except OSError as problem:
+                common.fail(f"cannot write --out {args.out}: {problem.strerror}")
     print("against K\n" + line("", "", map(str, KS)))
     for row in report["rows"]:
         print(line(row["script"], "ms", row["by_k"]["ms"]))
