@@ -1,0 +1,305 @@
+"""Time and memory of a training step, and of the same step with PyTorch's own encoder, in turns in this process.
+
+    python bench.py                                                 # every script and regime: five minutes
+    python bench.py --scripts mnist --regimes implicit --width 256  # flags that are not its own go to the scripts
+    python bench.py --preset paper --device cuda --dtype bfloat16   # the paper's sizes, on a GPU
+
+A turn runs the script's own `train` for about half a second, on the same tasks as the other turns; all of it but the journal
+is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. The columns:
+
+    ms          one training step: sampling, K refinement steps forward and backward, clipping, AdamW; median of the turns
+    sampling    the part of it that draws the tasks, measured alone
+    tasks/s     tasks of a step / ms
+    GFLOP/s     all matrix products of a step / ms: 2 m k n for each, attention as if it had no mask, and nothing else
+    % peak      GFLOP/s, of the best of all turns of a square product in the same dtype, 2,048 wide on a CPU, 8,192 on a GPU
+    % width     GFLOP/s, of the best of (tokens of a refinement step, D) @ (D, 2 D), the MLP's shape, in the same dtype
+    MB          peak of the tensors in a step: weights, gradients, AdamW's, tasks, activations; neither data set nor libraries
+    stock       ms with nn.TransformerEncoder: context and queries as one sequence, under one joint boolean mask
+    x stock     stock / ms, turn by turn; the median: how many times faster this code is
+    x FLOP      products of stock / ours, for the same answers: this much of `x stock` is work that is not done
+    x MB        MB of stock / ours
+    K^          slope of log ms against log K for K = 1 ... 10: 1 is linear
+    MB 10/1     MB with K = 10 over MB with K = 1
+
+With --mask none a training step draws how much of a mini-batch it sees; ms and GFLOP/s average over such draws (both sides
+have the same ones). Everything about memory and K is with whole mini-batches, the most that a step can draw.
+"""
+
+import contextlib
+import copy
+import datetime
+import importlib
+import io
+import itertools
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from argparse import Namespace, RawDescriptionHelpFormatter
+from statistics import median
+from unittest import mock
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler chats on stderr
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import common
+
+ALL = tuple(common.REGIMES)
+SCRIPTS = {"linreg": ALL, "mnist": ALL, "imagenet": ALL, "mog_flow": ("implicit",)}  # and their regimes
+NO_FILES = {"mnist": ["--dataset=glyphs"], "imagenet": ["--features=synthetic"]}
+TURN, MOST = 0.5, 20  # a turn is this many seconds of steps, but at most so many steps
+KS = range(1, 11)
+
+
+def get_args(argv=None):
+    parser = common.Parser(prog="bench.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="default: all")
+    add("--regimes", nargs="+", choices=ALL, default=ALL, help="default: all that a script has")
+    add("--repeats", type=common.count, default=5, help="turns")
+    add("--out", type=common.path, default="out/bench.json", help="the JSON file: the table, every turn, sizes and machine")
+    add("--overwrite", action="store_true", help="replace that file")
+    args, args.more = parser.parse_known_args(argv)
+    if os.path.isdir(args.out) or (os.path.lexists(args.out) and not args.overwrite):
+        common.fail(f"--out {args.out} exists: give another file" + ("" if os.path.isdir(args.out) else ", or --overwrite"))
+    common.check_out(Namespace(eval=None, resume=None, overwrite=True, out=os.path.dirname(args.out) or "."))
+    args.command = shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
+    return args
+
+
+def get_jobs(args):
+    """-> (script, regime, the script's own args), all of them checked before any work."""
+    jobs, nowhere = [], os.path.join(tempfile.gettempdir(), "bench-writes-nothing-here")
+    for script, regime in itertools.product(args.scripts, args.regimes):
+        if regime in SCRIPTS[script]:
+            flags = [*NO_FILES.get(script, []), *args.more, f"--regime={regime}", f"--out={nowhere}", "--overwrite"]
+            with contextlib.redirect_stdout(io.StringIO()):  # the line on where a run would write
+                jobs.append((script, regime, importlib.import_module(script).get_args(flags)))
+    if not jobs:
+        common.fail(f"--regimes {' '.join(args.regimes)}: {' and '.join(args.scripts)} can only do implicit")
+    return jobs
+
+
+def load(script, args):
+    """-> the data's name and the script's model, train(model) and sample(), whose sizes are those in `args` when they are called."""
+    s = importlib.import_module(script)
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = [s.load(args)["id"]] if script == "imagenet" else [s.load(args)] if script == "mnist" else []
+    name = data[0].name if script == "imagenet" else s.NAMES[args.dataset] if script == "mnist" else s.data_name(args)
+    model = s.make_model(*data, args) if script == "imagenet" else s.make_model(args)
+
+    def sample():
+        source = [s.sample_densities(args.tasks, args)] if script == "mog_flow" else [*data, args.tasks]
+        return s.sample_tasks(*source, args.steps, args)
+
+    return name, model, lambda model: s.train(model, *data, args), sample
+
+
+# ---------------------------------------------------------------- the yardstick
+
+
+class Stock(common.Transformer):
+    """The same function of the same weights as `common.Transformer`, by stock nn.TransformerEncoder, in its place in a model."""
+
+    def __init__(self, width, depth, heads):
+        super().__init__(width, 0, heads)  # no blocks of ours, just the last norm and the dtype
+        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.heads, self.encoder = heads, nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+    def forward(self, x, causal, hidden=None):
+        if causal:
+            hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)  # True: may not look
+        with self.autocast(x):
+            return self.norm(self.encoder(x, hidden, is_causal=causal).float())  # told so, PyTorch takes its causal kernel
+
+    def encode(self, x, causal):
+        return x, causal  # all is done in `read`
+
+    def read(self, x, memories, visible=None):
+        (context, causal), Q = memories, x.shape[1]
+        N = context.shape[1]
+        hidden = torch.ones(N + Q, N + Q, dtype=torch.bool, device=x.device)
+        hidden[:, :N] = False  # all see the context, and nobody a query
+        if causal:
+            hidden[:N, :N] = torch.ones_like(hidden[:N, :N]).triu(1)
+        if visible is not None:  # each query of each task sees a part of its own
+            hidden = hidden.repeat(len(x), 1, 1)
+            hidden[:, N:, :N] = ~visible[:, 0]
+            hidden = hidden.repeat_interleave(self.heads, 0)
+        return self(torch.cat([context, x], 1), False, hidden)[:, N:]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+class Clock(common.Journal):
+    """In place of a script's journal: writes nothing and times args.iters steps, after one in which AdamW makes its state."""
+
+    def __init__(self, model, optimizer, args):
+        self.args, self.pending = args, []
+
+    def __iter__(self):
+        yield 0
+        start = now(self.args.device)
+        for self.iteration in range(self.args.iters):
+            yield self.iteration
+        self.seconds = (now(self.args.device) - start) / self.args.iters  # `train` returns it
+
+
+def now(device):
+    """Seconds, when all that the device was given is done."""
+    kind = torch.device(device).type
+    if kind != "cpu":
+        getattr(torch, kind).synchronize(*[device] * (kind == "cuda"))
+    return time.perf_counter()
+
+
+def milliseconds(call, times, device):
+    start = now(device)
+    for _ in range(times):
+        call()
+    return 1000 * (now(device) - start) / times
+
+
+def product_speed(args, m, k, n):
+    """GFLOP/s of (m, k) @ (k, n) in the dtype in use: the best of three times some 20 ms."""
+    a, b = (torch.randn(shape, device=args.device).to(getattr(torch, args.dtype)) for shape in ((m, k), (k, n)))
+    product = lambda: a @ b
+    product()
+    times = 1 + int(20 / milliseconds(product, 1, args.device))
+    return 2e-6 * m * k * n / min(milliseconds(product, times, args.device) for _ in range(3))
+
+
+def whole_batches():
+    """A context in which training draws no sizes."""
+    return mock.patch.object(common, "draw_size", lambda carry, N, shape, device="cpu": torch.full(shape, N, device=device))
+
+
+class FlopCounter(TorchDispatchMode):
+    """torch's FlopCounterMode without its hooks on modules, which do not allow the gradients that a model takes inside."""
+
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if operation._overloadpacket in flop_registry:
+            self.total += flop_registry[operation._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def count_flop(train, model, args):
+    """FLOP of the matrix products in a timed step, on average; attention as plain products, so that every kernel counts the same."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
+        args.iters, iters = 1, args.iters
+        train(model)  # iteration 0 twice
+        first, args.iters = counter.total / 2, iters
+        train(model)  # iteration 0, then those that are timed
+    return (counter.total - 3 * first) / iters
+
+
+def peak_memory(train, model, args):
+    """Peak MB of the tensors in two steps; the weights are there before and are added."""
+    args.iters, cuda = 1, torch.device(args.device).type == "cuda"
+    with whole_batches():
+        if cuda:
+            before = torch.cuda.memory_allocated(args.device)
+            torch.cuda.reset_peak_memory_stats(args.device)
+            train(model)
+            peak = torch.cuda.max_memory_allocated(args.device) - before
+        else:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+                train(model)
+            changes = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+            peak = max(itertools.accumulate(change for _, change in changes))
+    return (peak + sum(p.numel() * p.element_size() for p in model.parameters())) / 1e6
+
+
+def measure(script, args, repeats):
+    """-> what is written about one script and regime; "table" is its row of the table."""
+    name, ours, train, sample = load(script, args)
+    tokens = args.tasks * (args.context + (args.queries if args.regime == "implicit" else args.history * args.latent_tokens))
+    K, side = args.steps, 8192 if "cuda" in args.device else 2048
+    stock = copy.deepcopy(ours)
+    stock.transformer = Stock(args.width, args.depth, args.heads).to(args.device)
+    stock.transformer.dtype = ours.transformer.dtype
+
+    def run(model, steps, iters):
+        args.steps, args.iters = steps, iters
+        return 1000 * train(model)[1]
+
+    iters = min(MOST, max(2, round(1000 * TURN / run(ours, K, 1))))
+    turns, by_k = {key: [] for key in ("ms", "stock", "sampling", "peak", "width")}, {k: [] for k in KS}
+    for _ in range(repeats):
+        turns["ms"].append(run(ours, K, iters))
+        turns["stock"].append(run(stock, K, iters))
+        turns["sampling"].append(milliseconds(sample, iters, args.device))
+        turns["peak"].append(product_speed(args, side, side, side))
+        turns["width"].append(product_speed(args, tokens, args.width, 2 * args.width))
+        with whole_batches():
+            for k in KS:
+                by_k[k].append(run(ours, k, max(1, round(iters * K / k / 3))))
+    args.steps, args.iters = K, iters
+    flop, stock_flop = (count_flop(train, model, args) for model in (ours, stock))
+    mb, stock_mb = (peak_memory(train, model, args) for model in (ours, stock))
+    k_ms, k_mb = [median(by_k[k]) for k in KS], []
+    for args.steps in KS:
+        k_mb.append(peak_memory(train, ours, args))
+    ms = median(turns["ms"])
+    speed = 1e-6 * flop / ms
+    table = {
+        "ms": ms, "sampling": median(turns["sampling"]), "tasks/s": 1000 * args.tasks / ms, "GFLOP/s": speed,
+        "% peak": 100 * speed / max(turns["peak"]), "% width": 100 * speed / max(turns["width"]), "MB": mb, "stock": median(turns["stock"]),
+        "x stock": median(theirs / mine for mine, theirs in zip(turns["ms"], turns["stock"])), "x FLOP": stock_flop / flop, "x MB": stock_mb / mb,
+        "K^": float(np.polyfit(np.log(KS), np.log(k_ms), 1)[0]), "MB 10/1": k_mb[-1] / k_mb[0],
+    }  # fmt: skip
+    return {
+        "script": script, "regime": args.regime, "data": name, "args": args.description["args"], "table": table, "flop_per_step": flop,
+        "iterations_per_turn": iters, "turns": turns, "by_k": {"steps": list(KS), "ms": k_ms, "MB": k_mb},
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- main
+
+
+def line(left, right, cells):
+    return f"{left:9} {right:10}" + " ".join(f"{c:>9}" if isinstance(c, str) else f"{c:9.2f}" for c in cells)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    jobs = get_jobs(args)
+    first = jobs[0][2]
+    report = {
+        "command": args.command, "machine": common.machine(first.device), "device": first.device, "dtype": first.dtype, "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"), "rows": [],
+    }  # fmt: skip
+    print(", ".join(f"{key} {report[key]}" for key in report if key not in ("command", "rows")) + " (columns: bench.py --help)")
+    with mock.patch.object(common, "Journal", Clock):
+        for script, regime, settings in jobs:
+            row = measure(script, settings, args.repeats)
+            if not report["rows"]:
+                print(line("", "", row["table"]))
+            print(line(script, regime, row["table"].values()), flush=True)
+            report["rows"].append(row)
+            try:
+                os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+                common.replace_file(args.out, lambda path: common.write_text(path, json.dumps(report, indent=1)))
+            except OSError as problem:
+                common.fail(f"cannot write --out {args.out}: {problem.strerror}")
+    print("against K\n" + line("", "", map(str, KS)))
+    for row in report["rows"]:
+        print(line(row["script"], "ms", row["by_k"]["ms"]))
+        print(line(row["regime"], "MB", row["by_k"]["MB"]))
+    print(f"data {', '.join(dict.fromkeys(row['data'] for row in report['rows']))}; in full: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
