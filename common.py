@@ -93,8 +93,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks without positions: a mini-batch is a set. Runs in `self.dtype`, takes and returns float32.
 
-    With `alike`, attention starts by similarity, which shortens the plateau of in-context learning. Not where tokens see
-    themselves: they are most similar to themselves.
+    With `alike`, attention starts by similarity, which shortens the plateau of in-context learning. Not good for wide heads
+    where tokens see themselves: nothing is as similar to a token as it is.
     """
 
     def __init__(self, width, depth, heads, alike=False):
