@@ -155,7 +155,17 @@ def toposort():
     return table(["stage error", *(results["metrics"][s]["data"] for s in names)], rows)
 
 
-TABLES = {"quick": quick, "linreg": linreg, "mnist": mnist, "imagenet": imagenet, "flow": flow, "toposort": toposort}
+def bench():
+    """results/bench.json, one row a script and regime; what is comparable are the ratios."""
+    results = read("bench")
+    if not results:
+        return table(["`python bench.py`"], [[NOT_RUN]])
+    keys = {"ms": "ms", "sampling": "of it sampling", "x stock": "× stock", "x FLOP": "× products", "% peak": "% of peak", "% width": "% of its shape's", "K^": "exponent in K", "MB 10/1": "memory, K 10 / 1"}
+    rows = [[f"`{r['script']}.py` {r['regime']}", *(f"{r['table'][key]:.3g}" for key in keys)] for r in results["rows"]]
+    return f"{results['machine']}, {results['threads']} thread(s), {results['dtype']}, {results['date'][:10]}.\n\n" + table(["a training step", *keys.values()], rows)
+
+
+TABLES = {"bench": bench, "quick": quick, "linreg": linreg, "mnist": mnist, "imagenet": imagenet, "flow": flow, "toposort": toposort}
 
 
 def fill(text):
