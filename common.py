@@ -152,7 +152,7 @@ class Parametric(nn.Module):
         self.slots = args.latent_tokens  # tokens that the state is spread over; 1 but for explicit without a mask
         self.span = args.decoder == "span"
         D, P = args.width, state_dim
-        self.theta0 = nn.Parameter(torch.zeros(self.slots * P) if predictor else torch.randn(self.slots * P))
+        self.theta0 = nn.Parameter(torch.zeros(self.slots * P) if predictor else 0.1 * torch.randn(self.slots * P))
         self.observation = nn.Linear(x_dim + y_dim, D) if args.signal in ("data", "both") else None
         self.gradient = nn.Linear(self.history * self.slots * P, D) if args.signal in ("grad", "both") else None
         self.residual = nn.Linear(y_dim, D) if self.span else None
@@ -250,6 +250,13 @@ class LatentMLP(nn.Module):
         self.up = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
         self.down = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
         self.output = nn.Linear(latent, (hidden + 1) * y_dim)
+        # Start as a linear predictor on rotated x, with as many weights as the latent can tell apart: random matrices would
+        # mix every change with noise of its own size.
+        nn.init.orthogonal_(self.input.weight)
+        nn.init.orthogonal_(self.output.weight)
+        for down in self.down:
+            nn.init.zeros_(down.weight)
+            nn.init.zeros_(down.bias)
 
     def forward(self, z, x):
         h = self.input(x)  # (..., Q, hidden)
