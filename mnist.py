@@ -25,7 +25,7 @@ from common import Task, refine
 CLASSES = 10
 OTHER = {"mnist": "fmnist", "fmnist": "mnist", "glyphs": "letters"}  # what each dataset is tested on out of distribution
 NAMES = {"mnist": "MNIST", "fmnist": "FashionMNIST", "glyphs": "glyphs (drawn digits, not MNIST)", "letters": "glyphs (drawn letters A-J)"}
-PRESETS = {"paper": dict(context=100, queries=100, tasks=128, width=256, depth=4, heads=4, latent=256, hidden=512, iters=50_000, lr=3e-4)}
+PRESETS = {"paper": dict(context=100, queries=100, tasks=128, width=256, depth=4, heads=4, iters=50_000, lr=3e-4)}
 
 
 def get_args(argv=None):

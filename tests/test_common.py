@@ -342,6 +342,17 @@ def test_the_pull_back_learns_from_its_cotangents_and_not_from_the_state(task):
         assert not model.pull_back(state, task.context_x[0], c).requires_grad
 
 
+def test_the_untrained_explicit_predictor_is_linear_and_a_change_at_one_output_moves_no_other():
+    """Pulled back and read again, a cotangent c at x changes the prediction at x' by k(x, x') c with k = (h.h' + 1) / hidden."""
+    network = common.LatentMLP(latent=40, x_dim=X, y_dim=3, hidden=8)
+    z, (x, other), c = torch.randn(40, requires_grad=True), torch.randn(2, 1, X), torch.randn(3)
+    change = torch.autograd.grad(network(z, x)[0], z, c)[0]
+    h, h_other = network.input(x)[0], network.input(other)[0]
+    close(network(z + change, other)[0] - network(z, other)[0], (h @ h_other + 1) / 8 * c)
+    rotated = network.input(x)[0] - network.input(torch.zeros(1, X))[0]
+    close(rotated.norm(), x.norm())
+
+
 def test_an_untrained_update_stays_where_it_is(task):
     for regime in ("parametric", "explicit"):
         for decoder in ("linear", "span"):
