@@ -574,7 +574,12 @@ def place(model, args):
 
 
 def make_optimizer(model, args):
-    return torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=args.device != "mps")
+    """AdamW. The explicit regime's predictor learns at 3% of the rate: who makes updates must keep up with what they act on."""
+    predictor = {p for name, p in model.named_parameters() if name.startswith("network.")}
+    groups = [{"params": [p for p in model.parameters() if p not in predictor], "share": 1.0}]
+    if predictor:
+        groups.append({"params": [p for p in model.parameters() if p in predictor], "share": 0.03})
+    return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=args.device != "mps")
 
 
 def set_learning_rate(optimizer, iteration, args):
@@ -582,7 +587,7 @@ def set_learning_rate(optimizer, iteration, args):
     done, warm = (iteration + 1) / args.iters, 0.05
     scale = done / warm if done < warm else 0.5 * (1 + math.cos(math.pi * (done - warm) / (1 - warm)))
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * scale
+        group["lr"] = args.lr * scale * group["share"]
 
 
 class Journal:

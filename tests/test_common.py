@@ -493,6 +493,20 @@ def test_a_random_prefix_may_be_carried_on_instead_of_the_full_one(task):
 # ---------------------------------------------------------------- seeds, files, evaluation
 
 
+def test_the_explicit_predictor_learns_at_a_fraction_of_the_rate_and_every_parameter_once():
+    args = argparse.Namespace(lr=0.5, iters=100, device="cpu")
+    for regime in common.REGIMES:
+        model = make(regime)
+        optimizer = common.make_optimizer(model, args)
+        common.set_learning_rate(optimizer, 40, args)
+        rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rates) == len(list(model.parameters()))
+        full = rates[model.transformer.norm.weight]
+        assert 0 < full < 0.5
+        for name, p in model.named_parameters():
+            assert rates[p] == pytest.approx(full * (0.03 if name.startswith("network.") else 1))
+
+
 def test_seeds_are_a_function_of_stream_seed_and_index():
     def draw(*key):
         common.seed_all(*key)

@@ -92,17 +92,6 @@ def test_the_first_mini_batches_and_the_queries_of_the_evaluation_do_not_depend_
         assert all(map(torch.equal, few, (many.context_x[:2], many.context_y[:2], many.query_x, many.query_y)))
 
 
-def test_predictor_one_number_at_a_time():
-    torch.manual_seed(0)
-    parameters, x = torch.randn(2, 3, 5 * 6), torch.randn(3, 7, 4)
-    logits = imagenet.predictor(parameters, x)
-    assert logits.shape == (2, 3, 7, 6)
-    for t, b, q in np.ndindex(2, 3, 7):
-        w = parameters[t, b].view(5, 6)
-        expected = [(sum(w[d, c] * x[b, q, d] for d in range(4)) + w[4, c]) / 2 for c in range(6)]
-        torch.testing.assert_close(logits[t, b, q], torch.stack(expected), rtol=1e-4, atol=1e-4)
-
-
 # ---------------------------------------------------------------- standardising, the files
 
 
