@@ -93,10 +93,10 @@ def linreg():
 
 
 def errors(files, paper):
-    """Error in % of the files, one block a split, baselines (those of the first file) below the models."""
+    """Error in % of the files (name -> command), one block a split, baselines (those of the first file) below the models."""
     results = {name: read(name) for name in files}
     found = [r for r in results.values() if r]
-    rows = [[f"`{name}`", NOT_RUN] for name, r in results.items() if not r]
+    rows = [[f"`{files[name]}`", NOT_RUN] for name, r in results.items() if not r]
     for split in found[0]["metrics"] if found else ():
         rows.append([f"**{found[0]['metrics'][split]['data']}**" + (" (out of distribution)" if split != "id" else "")])
         for r in found:
@@ -112,11 +112,16 @@ def mnist():
         ("implicit", "id"): "24.9 / 12.4", ("implicit", "ood"): "31.9 / 26.1", ("parametric", "id"): "43.9 / 35.5",
         ("parametric", "ood"): "40.5 / 34.3", ("explicit", "id"): "89.2 / 88.7", ("explicit", "ood"): "90.0 / 90.0",
     }  # fmt: skip
-    return errors(["mnist", "mnist-parametric", "mnist-explicit", "mnist-parametric-linear"], paper)
+    files = {
+        "mnist": "python mnist.py", "mnist-parametric": "python mnist.py --regime parametric", "mnist-explicit": "python mnist.py --regime explicit",
+        "mnist-parametric-linear": "python mnist.py --regime parametric --decoder linear",
+    }  # fmt: skip
+    return errors(files, paper)
 
 
 def imagenet():
-    return errors(["imagenet", "imagenet-parametric", "imagenet-explicit"], {})  # other data: the paper's numbers say nothing here
+    files = {"imagenet": "python imagenet.py"} | {f"imagenet-{regime}": f"python imagenet.py --regime {regime}" for regime in ("parametric", "explicit")}
+    return errors(files, {})  # other data: the paper's numbers say nothing here
 
 
 def flow():
