@@ -6,7 +6,7 @@ Out of distribution: the other dataset. The metric is the error in %; guessing c
 
     python mnist.py --regime implicit --steps 5     # the main job: 33% after 1 step, 22% after 5; 10 minutes on one core
     python mnist.py --dataset fmnist --dim 50       # another dataset, an easier projection
-    python mnist.py --regime parametric             # the weights of a linear predictor as state
+    python mnist.py --regime parametric             # the weights of a linear predictor as state: 43% and 28%
 """
 
 import gzip
