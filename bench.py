@@ -32,6 +32,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import os
 import shlex
 import sys
@@ -51,6 +52,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import common
+import toposort
 
 ALL = tuple(common.REGIMES)
 SCRIPTS = {"linreg": ALL, "mnist": ALL, "imagenet": ALL, "mog_flow": ("implicit",)}  # and their regimes
@@ -66,6 +68,7 @@ def get_args(argv=None):
     add("--regimes", nargs="+", choices=ALL, default=ALL, help="default: all that a script has")
     add("--repeats", type=common.count, default=5, help="turns")
     add("--out", type=common.path, default="out/bench.json", help="the JSON file: the table, every turn, sizes and machine")
+    add("--sampler", action="store_true", help="instead: toposort's sampler beside a plain numpy loop")
     add("--overwrite", action="store_true", help="replace that file")
     args, args.more = parser.parse_known_args(argv)
     if os.path.isdir(args.out) or (os.path.lexists(args.out) and not args.overwrite):
@@ -266,6 +269,48 @@ def measure(script, args, repeats):
     }  # fmt: skip
 
 
+# ---------------------------------------------------------------- the sampler of causal graphs
+
+
+def simulate_loop(graph, mechanism, shift, n, random):
+    """The mechanisms in plain numpy, one graph, node, parent and feature at a time; rows are vectors."""
+    d = len(graph)
+    x = np.zeros((n, d))
+    for j in range(d):
+        parents = np.flatnonzero(graph[:, j])
+        noise = random.normal(size=n) if shift == "in" else random.laplace(size=n)
+        value = np.zeros(n)
+        if mechanism == "lin":
+            for i in parents:
+                value += random.choice([-1, 1]) * random.uniform(*toposort.WEIGHT[shift]) * x[:, i]
+        elif len(parents):
+            length, scale = random.uniform(*toposort.LENGTH[shift]), random.uniform(*toposort.SCALE[shift])
+            for _ in range(100):
+                angle = x[:, parents] @ random.normal(size=len(parents)) / length + random.uniform(0, 2 * math.pi)
+                value += scale * math.sqrt(2 / 100) * random.normal() * np.cos(angle)
+        x[:, j] = value + random.uniform(-3, 3) + random.uniform(0.2, 2) * noise
+    return x
+
+
+def measure_samplers(repeats, B=64, d=8, n=320):
+    """toposort's batched simulation beside the loop above, in turns, on the same graphs -> {mechanism: ms per data set and ratios}."""
+    found = {}
+    for mechanism in toposort.MECHANISMS:
+        turns = []
+        for turn in range(repeats):
+            graph, random = toposort.erdos_renyi(B, d, "cpu"), np.random.default_rng(turn)
+            start = time.process_time()
+            toposort.simulate(graph, mechanism, "in", n)
+            middle = time.process_time()
+            for one in graph.numpy()[:8]:
+                simulate_loop(one, mechanism, "in", n, random)
+            turns.append((1000 * (middle - start) / B, 1000 * (time.process_time() - middle) / 8))
+        ratio = median(loop / ours for ours, loop in turns)
+        found[mechanism] = {"ms": median(ours for ours, _ in turns), "loop": median(loop for _, loop in turns), "ratio": ratio, "turns": turns}
+        print(f"{mechanism}, {d} nodes, {n} rows: {found[mechanism]['ms']:.3f} ms of processor a data set, plain numpy loop {found[mechanism]['loop']:.3f}: {ratio:.1f} times faster")
+    return found
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -281,6 +326,10 @@ def main(argv=None):
         "command": args.command, "machine": common.machine(first.device), "device": first.device, "dtype": first.dtype, "threads": torch.get_num_threads(),
         "torch": torch.__version__, "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"), "rows": [],
     }  # fmt: skip
+    if args.sampler:
+        report["sampler"] = measure_samplers(args.repeats)
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        return common.replace_file(args.out, lambda path: common.write_text(path, json.dumps(report, indent=1)))
     print(", ".join(f"{key} {report[key]}" for key in report if key not in ("command", "rows")) + " (columns: bench.py --help)")
     with mock.patch.object(common, "Journal", Clock):
         for script, regime, settings in jobs:

@@ -167,7 +167,16 @@ def bench():
         return table(["`python bench.py`"], [[NOT_RUN]])
     keys = {"ms": "ms", "sampling": "of it sampling", "x stock": "× stock", "x FLOP": "× products", "% peak": "% of peak", "% width": "% of its shape's", "K^": "exponent in K", "MB 10/1": "memory, K 10 / 1"}
     rows = [[f"`{r['script']}.py` {r['regime']}", *(f"{r['table'][key]:.3g}" for key in keys)] for r in results["rows"]]
-    return f"{results['machine']}, {results['threads']} thread(s), {results['dtype']}, {results['date'][:10]}.\n\n" + table(["a training step", *keys.values()], rows)
+    return f"{results['machine']}, {results['threads']} thread(s), {results['dtype']}, {results['date'][:10]}.\n\n" + table(["a training step", *keys.values()], rows) + sampler()
+
+
+def sampler():
+    results = read("bench-sampler")
+    if not results:
+        return ""
+    rows = "; ".join(f"{name.upper()} {row['ms']:.2f} against {row['loop']:.2f} ms, {row['ratio']:.1f} times faster" for name, row in results["sampler"].items())
+    ours, loop = (sum(row[key] for row in results["sampler"].values()) for key in ("ms", "loop"))
+    return f"\n\nCausal graphs, a data set of 320 rows, `{results['command']}`: {rows} than a plain numpy loop; both in equal parts, as in training: {loop / ours:.1f} times."
 
 
 TABLES = {"bench": bench, "quick": quick, "linreg": linreg, "mnist": mnist, "imagenet": imagenet, "flow": flow, "toposort": toposort}

@@ -11,6 +11,7 @@ import torch
 
 import common
 import toposort
+from bench import simulate_loop
 from common import Task, refine
 from conftest import call
 
@@ -36,26 +37,6 @@ def children(graph, node, left):
 
 
 # ---------------------------------------------------------------- a plain simulator, one data set at a time
-
-
-def simulate_loop(graph, mechanism, shift, n, random):
-    """The mechanisms in plain numpy, one row and one node at a time where the batched sampler has one product."""
-    d = len(graph)
-    x = np.zeros((n, d))
-    for j in range(d):
-        parents = np.flatnonzero(graph[:, j])
-        noise = random.normal(size=n) if shift == "in" else random.laplace(size=n)
-        value = np.zeros(n)
-        if mechanism == "lin":
-            for i in parents:
-                value += random.choice([-1, 1]) * random.uniform(*toposort.WEIGHT[shift]) * x[:, i]
-        elif len(parents):
-            length, scale = random.uniform(*toposort.LENGTH[shift]), random.uniform(*toposort.SCALE[shift])
-            for _ in range(100):
-                angle = x[:, parents] @ random.normal(size=len(parents)) / length + random.uniform(0, 2 * math.pi)
-                value += scale * math.sqrt(2 / 100) * random.normal() * np.cos(angle)
-        x[:, j] = value + random.uniform(-3, 3) + random.uniform(0.2, 2) * noise
-    return x
 
 
 @pytest.mark.parametrize("shift", ("in", "out"))
