@@ -521,7 +521,8 @@ def replace_file(path, write):
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
-        fail(f"cannot write {path} ({getattr(error, 'strerror', None) or 'is the disk full?'}); what was there before is kept")
+        reason = getattr(error, "strerror", None) or f"is the disk full? {str(error).partition(chr(10))[0]}"
+        fail(f"cannot write {path} ({reason}); what was there before is kept")
 
 
 def write_text(path, text, mode="w"):
@@ -811,7 +812,8 @@ def plot_steps(out, results, log_scale=False):
         ax.grid(alpha=0.3)
     args = results["args"]
     kind = args["regime"] if args["regime"] == "implicit" else f"{args['regime']}, signal {args['signal']}, decoder {args['decoder']}"
-    fig.suptitle(f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}", fontsize=11)
+    title = f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}"
+    fig.suptitle(textwrap.fill(title, 45 * columns), fontsize=11)
     fig.tight_layout(rect=(0, 0.06 if panels > 5 else 0, 1, 1))
     replace_file(os.path.join(out, "error.png"), lambda path: fig.savefig(path, dpi=130, format="png"))
     plt.close(fig)

@@ -231,6 +231,11 @@ def one_gaussian(points, n):
 FLOOR, EXACT = "fresh samples (floor)", "exact field, same solver"  # rows that have seen no context
 
 
+def save_points(path, arrays):
+    with open(path, "wb") as f:  # given a name, numpy would add an ending of its own
+        np.savez_compressed(f, **arrays)
+
+
 @torch.no_grad()
 def compare(model, args, split, sample, unit, stream):
     """W2 and W1 to the same true points, after 0 ... K, 1.5 K and 2 K fresh mini-batches, of the model and of what stands beside it.
@@ -263,7 +268,7 @@ def compare(model, args, split, sample, unit, stream):
             os.makedirs(args.out, exist_ok=True)
             pictures = dict(batches=batches, generated=torch.stack(answers["this model"]), truth=truth)
             pictures = {name: unit * points[..., :8, :, :].cpu().numpy() for name, points in pictures.items()}
-            np.savez_compressed(os.path.join(args.out, f"points_{split}.npz"), **pictures)
+            common.replace_file(os.path.join(args.out, f"points_{split}.npz"), lambda path: save_points(path, pictures))
     rows = {name: torch.cat(chunks, 1) for name, chunks in rows.items()}
     floor = rows[FLOOR] = rows[FLOOR].mean(-1, keepdim=True)
 
