@@ -332,6 +332,24 @@ def test_cotangents_of_a_linear_predictor_are_pulled_back_as_outer_products(task
         close(found[-1, b], total.flatten())
 
 
+@pytest.mark.parametrize("regime", ("parametric", "explicit"))
+def test_each_cotangent_is_of_the_observation_that_it_is_pulled_back_at(task, regime):
+    """Without a mask the order of the observations makes no difference, which it would if tokens and inputs were out of step."""
+    model, order = make(regime, decoder="span", mask="none", history=2).eval(), torch.randperm(N)
+    x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
+    straight = model.update(past, x, y, None)
+    close(model.update(past, x[:, order], y[:, order], None), straight)
+    assert (model.update(past, x[:, order], y, None) - straight).abs().max() > 1e-3
+
+
+def test_residuals_are_those_of_the_newest_state(task):
+    model, seen = make("parametric", decoder="span", history=3).eval(), []
+    past, residuals = past_states(model, task), model.residuals
+    model.residuals = lambda state, x, y: seen.append(state) or residuals(state, x, y)
+    model.update(past, task.context_x[0], task.context_y[0], None)
+    assert len(seen) == 1 and seen[0] is past[-1]
+
+
 def test_the_pull_back_learns_from_its_cotangents_and_not_from_the_state(task):
     model = make("explicit", decoder="span").train()
     state = torch.randn(B, 6, requires_grad=True)
