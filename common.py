@@ -62,12 +62,31 @@ def draw_size(carry, N, shape, device="cpu"):
 # ---------------------------------------------------------------- the masked transformer
 
 
+def softmax_attention(q, k, v, visible=None, causal=False):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
+
+
+def linear_attention(q, k, v, visible=None, causal=False):
+    """Attention without the softmax: the mean over visible tokens of (q . k) v; q (B, heads, S, C), k and v (B, heads, N, C).
+
+    Weights may be negative and grow with x, so that one layer can take a step of gradient descent on a least-squares
+    problem (von Oswald et al., 2023). Softmax attention averages: right for classes, slow to learn for regression.
+    """
+    weights = q @ k.mT * q.shape[-1] ** -0.5  # (B, heads, S, N)
+    if causal:
+        visible = torch.ones_like(weights[0, 0], dtype=torch.bool).tril()
+    if visible is None:
+        return weights @ v / k.shape[-2]
+    return (weights * visible) @ v / visible.sum(-1, keepdim=True)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: `nn.TransformerEncoderLayer(norm_first=True, activation="gelu")` in the open."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, attention="softmax"):
         super().__init__()
         self.heads = heads
+        self.attend = linear_attention if attention == "linear" else softmax_attention
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
@@ -85,7 +104,7 @@ class Block(nn.Module):
     def forward(self, x, memory, visible=None, causal=False):
         """Tokens x (B, S, D) attend to `memory`; `visible` is a boolean mask (B, 1, S, N), True where they may look."""
         q = self.split(self.query(self.norm1(x)))
-        a = F.scaled_dot_product_attention(q, *memory, attn_mask=visible, is_causal=causal)
+        a = self.attend(q, *memory, visible, causal)
         x = x + self.out(a.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
@@ -97,9 +116,9 @@ class Transformer(nn.Module):
     where tokens see themselves: nothing is as similar to a token as it is.
     """
 
-    def __init__(self, width, depth, heads, alike=False):
+    def __init__(self, width, depth, heads, attention="softmax", alike=False):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(depth))
         if alike:
             with torch.no_grad():
                 for block in self.blocks:
@@ -158,7 +177,7 @@ class Parametric(nn.Module):
         self.residual = nn.Linear(y_dim, D) if self.span else None
         self.state = nn.Linear(P, D)
         self.age = nn.Parameter(0.02 * torch.randn(self.history, 1, D))  # tells past states from the current one
-        self.transformer = Transformer(D, args.depth, args.heads)
+        self.transformer = Transformer(D, args.depth, args.heads, args.attention)
         self.decoder = nn.Linear(D, y_dim if self.span else P)
         nn.init.zeros_(self.decoder.weight)  # the untrained update is "stay": no step starts by throwing the state away
         nn.init.zeros_(self.decoder.bias)
@@ -279,7 +298,7 @@ class Implicit(nn.Module):
         self.query = nn.Linear(x_dim + D, D) if args.state == "latent" else self.observation
         self.query_embedding = nn.Parameter(0.02 * torch.randn(D))
         self.older = nn.Linear((self.history - 1) * S, D) if self.history > 1 else None
-        self.transformer = Transformer(D, args.depth, args.heads, alike=True)
+        self.transformer = Transformer(D, args.depth, args.heads, args.attention, alike=True)
         self.decoder = nn.Linear(D, y_dim)
 
     def initial_state(self, query_x):
@@ -379,6 +398,7 @@ def make_parser(script, doc):
     add("--width", type=count, default=64, help="D, numbers in a token")
     add("--depth", type=count, default=3, help="layers")
     add("--heads", type=count, default=2, help="attention heads; they divide the width")
+    add("--attention", choices=("softmax", "linear"), default="softmax", help="linear: without the softmax, for least-squares problems")
     add = parser.add_argument_group("training and evaluation").add_argument
     add("--context", type=count, help="N, observations in a mini-batch")
     add("--queries", type=count, help="Q, held-out observations that a task is scored on")

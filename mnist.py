@@ -151,16 +151,14 @@ def sample_tasks(images, B, K, args):
     relabel = torch.randint(CLASSES, (B, CLASSES), device=args.device)  # a random function: merges, never splits
 
     def pick(split, n):
-        pixels, labels = images[split]
+        images_of, labels = images[split]
         index = torch.randint(len(labels), (B, n), device=args.device)
-        return pixels[index], relabel.gather(1, labels[index])  # (B, n, 784), (B, n)
+        y = F.one_hot(relabel.gather(1, labels[index]), CLASSES).float()
+        return images_of[index] @ projection, y  # at once: pixels are eight times as many as what is kept of them
 
-    parts = [pick("test", args.queries)] + [pick("train", args.context) for _ in range(K)]
-    x = torch.cat([pixels for pixels, _ in parts], 1) @ projection  # one product for the whole task
-    y = F.one_hot(torch.cat([labels for _, labels in parts], 1), CLASSES).float()
-    Q = args.queries
-    context_x, context_y = (c[:, Q:].unflatten(1, (K, -1)).transpose(0, 1) for c in (x, y))  # (K, B, N, ...)
-    return Task(context_x, context_y, x[:, :Q], y[:, :Q])
+    query_x, query_y = pick("test", args.queries)
+    contexts = [pick("train", args.context) for _ in range(K)]
+    return Task(torch.stack([x for x, _ in contexts]), torch.stack([y for _, y in contexts]), query_x, query_y)
 
 
 def predictor(parameters, x):

@@ -255,7 +255,7 @@ class LeafPredictor(nn.Module):
         self.history, self.carried, self.depth, D = args.history, args.carry, args.depth, args.width
         self.initial = nn.Parameter(torch.zeros(()))  # one for all nodes, which have no names
         self.cell = nn.Sequential(nn.Linear(5 + args.history, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
-        self.transformer = common.Transformer(D, 2 * args.depth, args.heads, alike=True)  # first over rows, then over nodes
+        self.transformer = common.Transformer(D, 2 * args.depth, args.heads, args.attention, alike=True)  # first over rows, then over nodes
         self.decoder = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 1))
 
     def initial_state(self, alive):

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import itertools
 import os
 import weakref
 
@@ -28,7 +29,7 @@ def linear(w, x):
 
 def settings(**changes):
     args = argparse.Namespace(
-        history=1, mask="causal", carry="full", latent_tokens=1, signal="data", decoder="linear", state="logits",
+        history=1, mask="causal", carry="full", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax",
         width=8, depth=2, heads=2, latent=6, hidden=10,
     )  # fmt: skip
     vars(args).update(changes)
@@ -69,12 +70,13 @@ def close(a, b, tolerance=1e-5):
 # ---------------------------------------------------------------- masks
 
 
+@pytest.mark.parametrize("attention", ("softmax", "linear"))
 @pytest.mark.parametrize("decoder", ("linear", "span"))
 @pytest.mark.parametrize("history", (1, 3))
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("regime", ("parametric", "explicit"))
-def test_one_causal_pass_equals_a_loop_over_prefixes(task, regime, signal, history, decoder):
-    model = make(regime, signal=signal, history=history, decoder=decoder)
+def test_one_causal_pass_equals_a_loop_over_prefixes(task, regime, signal, history, decoder, attention):
+    model = make(regime, signal=signal, history=history, decoder=decoder, attention=attention)
     x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
     at_once = model.train().update(past, x, y, task.query_x)
     assert len(at_once) == N
@@ -85,10 +87,11 @@ def test_one_causal_pass_equals_a_loop_over_prefixes(task, regime, signal, histo
         close(at_once[n - 1], alone[0])
 
 
+@pytest.mark.parametrize("attention", ("softmax", "linear"))
 @pytest.mark.parametrize("history", (1, 3))
-def test_implicit_queries_under_their_own_prefixes_equal_a_loop_over_queries(task, history, monkeypatch):
+def test_implicit_queries_under_their_own_prefixes_equal_a_loop_over_queries(task, history, attention, monkeypatch):
     """Each query is solved alone, in evaluation mode, on the context cut where the mask cuts it."""
-    model = make("implicit", history=history).train()
+    model = make("implicit", history=history, attention=attention).train()
     x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
     lengths = torch.randint(1, N + 1, (B, Q, 1))
     monkeypatch.setattr(common, "draw_size", lambda *_, **__: lengths)
@@ -186,9 +189,9 @@ def copied(block):
     return layer
 
 
-def random_transformer(width=16, depth=3, heads=4):
+def random_transformer(width=16, depth=3, heads=4, attention="softmax"):
     torch.manual_seed(2)
-    transformer = Transformer(width, depth, heads)
+    transformer = Transformer(width, depth, heads, attention)
     with torch.no_grad():
         for p in transformer.parameters():
             p.copy_(0.3 * torch.randn_like(p))
@@ -210,7 +213,7 @@ def test_our_transformer_equals_pytorchs_encoder_layers(causal):
 def test_keys_start_equal_to_queries_where_asked():
     torch.manual_seed(0)
     for alike in (False, True):
-        for block in Transformer(8, 2, 2, alike).blocks:
+        for block in Transformer(8, 2, 2, alike=alike).blocks:
             assert torch.equal(block.key_value.weight[:8], block.query.weight) == alike
     block = common.REGIMES["implicit"](settings(), X, Y).transformer.blocks[1]
     assert torch.equal(block.key_value.weight[:8], block.query.weight)
@@ -228,6 +231,31 @@ def test_context_and_queries_equal_pytorchs_encoder_under_one_joint_mask(causal)
     for block in ours.blocks:
         x = copied(block)(x, src_mask=~joint.repeat_interleave(block.heads, 0))
     close(ours.read(queries, ours.encode(context, causal), visible[:, None]), ours.norm(x[:, N:]), 1e-4)
+
+
+def test_linear_attention_equals_a_loop_over_tokens_and_what_they_see():
+    q, k, v = torch.randn(B, 2, 5, 4), torch.randn(B, 2, 5, 4), torch.randn(B, 2, 5, 4)
+    some = torch.rand(B, 1, 5, 5) < 0.6
+    some[..., 0] = True
+    for visible, causal in ((None, False), (None, True), (some, False)):
+        found = common.linear_attention(q, k, v, visible, causal)
+        for b, h, i in itertools.product(range(B), range(2), range(5)):
+            seen = [j for j in range(5) if (j <= i or not causal) and (visible is None or visible[b, 0, i, j])]
+            close(found[b, h, i], sum((q[b, h, i] @ k[b, h, j]) / 2 * v[b, h, j] for j in seen) / len(seen))
+
+
+def test_one_layer_of_linear_attention_takes_a_step_of_gradient_descent():
+    """Keys x, values y: a query reads off x . w after one step on the mean squared error from w = 0 (von Oswald et al., 2023)."""
+    x, y, query, w = torch.randn(B, 1, N, X), torch.randn(B, 1, N, 1), torch.randn(B, 1, Q, X), torch.zeros(B, X, 1, requires_grad=True)
+    (gradient,) = torch.autograd.grad((x[:, 0] @ w - y[:, 0]).square().mean(1).sum(), w)
+    close(common.linear_attention(query, x, y)[:, 0], query[:, 0] @ -gradient / 2 * X**-0.5)
+
+
+@pytest.mark.parametrize("regime", ("parametric", "explicit", "implicit"))
+def test_the_attention_asked_for_is_the_one_that_runs(task, regime):
+    for attention in ("softmax", "linear"):
+        blocks = make(regime, attention=attention).transformer.blocks
+        assert all(block.attend is getattr(common, f"{attention}_attention") for block in blocks)
 
 
 # ---------------------------------------------------------------- gradients as inputs

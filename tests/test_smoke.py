@@ -22,6 +22,8 @@ VARIANTS = [
     "--regime parametric --signal both --history 3 --dtype bfloat16",
     "--regime implicit --dtype bfloat16",
     "--regime implicit --history 2",
+    "--regime explicit --mask none --attention softmax",
+    "--regime implicit --mask causal --attention linear",
 ]
 KEYS = "command script args data device dtype threads torch seed parameters iterations train_seconds cpu_seconds metrics baselines".split()
 
