@@ -169,7 +169,7 @@ class Parametric(nn.Module):
         self.loss, self.predictor = loss, predictor
         self.history, self.causal, self.carried = args.history, args.mask == "causal", args.carry
         self.slots = args.latent_tokens  # tokens that the state is spread over; 1 but for explicit without a mask
-        self.span = args.decoder == "span"
+        self.span, self.direct = args.decoder == "span", args.update == "direct"
         D, P = args.width, state_dim
         self.theta0 = nn.Parameter(torch.zeros(self.slots * P) if predictor else 0.1 * torch.randn(self.slots * P))
         self.observation = nn.Linear(x_dim + y_dim, D) if args.signal in ("data", "both") else None
@@ -235,7 +235,7 @@ class Parametric(nn.Module):
             change = self.decoder(h).transpose(0, 1)  # (T, B, P)
         else:  # the outputs at the current state's own tokens (fig. 7)
             change = self.decoder(h[:, first - S : first]).reshape(1, B, -1)
-        return past[-1] + change
+        return change if self.direct else past[-1] + change
 
     def carry(self, states):
         """The state (B, P) handed to the next step, out of those after each prefix (T, B, P)."""
@@ -291,6 +291,7 @@ class Implicit(nn.Module):
     def __init__(self, args, x_dim, y_dim, loss=None):
         super().__init__()
         self.history, self.causal, self.carried, self.kind = args.history, args.mask == "causal", args.carry, args.state
+        self.adds = args.update == "residual"
         D, S = args.width, (args.width if args.state == "latent" else y_dim)
         self.initial = nn.Parameter(torch.zeros(S))
         self.observation = nn.Linear(x_dim + y_dim, D)
@@ -329,7 +330,8 @@ class Implicit(nn.Module):
         if self.older is not None:
             tokens = tokens + self.older(torch.cat(past[:-1], -1))
         h = self.transformer.read(tokens, memories, visible)
-        return (h if self.kind == "latent" else self.decoder(h))[None]
+        new = h if self.kind == "latent" else self.decoder(h)
+        return (past[-1] + new if self.adds else new)[None]
 
     def carry(self, states):
         return states[0]
@@ -389,6 +391,7 @@ def make_parser(script, doc):
     add("--mask", choices=("causal", "none"), default="none", help="causal: all context sizes in one pass; none: one random size a step")
     add("--history", type=count, default=1, help="H, how many of the last states (and gradients) the model sees")
     add("--decoder", choices=("span", "linear"), default="span", help="updates of parametric and explicit states: pulled back through the predictor at the data, or read off one token")
+    add("--update", choices=("residual", "direct"), help="the model's output is a change of the state (default; the only one in the span) or the next state (default of implicit)")
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
     add("--carry", choices=("full", "random"), default="full", help="in training, hand over states of whole mini-batches (full) or of random prefixes (random)")
     add("--latent", type=count, default=64, help="numbers in a latent token of the explicit regime")
@@ -482,6 +485,8 @@ def check(args, given):
         fail("--latent-tokens above 1 needs --regime explicit --mask none (a causal mask reads the latent at every observation)")
     if "decoder" in given and args.regime == "implicit":
         fail("--decoder is for the updates of --regime parametric and explicit; implicit states are decoded as predictions")
+    if args.update == "direct" and args.regime != "implicit" and args.decoder == "span":
+        fail("--update direct needs --decoder linear; in the span of the data there are changes only")
     for flag in ("latent", "hidden"):
         if flag in given and args.regime != "explicit":
             fail(f"--{flag} is for --regime explicit")

@@ -253,6 +253,7 @@ class LeafPredictor(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.history, self.carried, self.depth, D = args.history, args.carry, args.depth, args.width
+        self.adds = args.update == "residual"
         self.initial = nn.Parameter(torch.zeros(()))  # one for all nodes, which have no names
         self.cell = nn.Sequential(nn.Linear(5 + args.history, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
         self.transformer = common.Transformer(D, 2 * args.depth, args.heads, args.attention, alike=True)  # first over rows, then over nodes
@@ -280,7 +281,8 @@ class LeafPredictor(nn.Module):
             h = torch.cat([h[..., ::2].mean(1), h[..., 1::2].amax(1)], -1).view(B, d, -1)
             for block in self.transformer.blocks[self.depth :]:
                 h = block(h, block.memory(h), alive[:, None, None])  # removed nodes are no keys
-        return self.decoder(self.transformer.norm(h.float()))[..., 0][None]
+        logits = self.decoder(self.transformer.norm(h.float()))[..., 0]
+        return (past[-1] + logits if self.adds else logits)[None]
 
 
 def loss(logits, leaf, alive):

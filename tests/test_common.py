@@ -29,7 +29,7 @@ def linear(w, x):
 
 def settings(**changes):
     args = argparse.Namespace(
-        history=1, mask="causal", carry="full", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax",
+        history=1, mask="causal", carry="full", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update=None,
         width=8, depth=2, heads=2, latent=6, hidden=10,
     )  # fmt: skip
     vars(args).update(changes)
@@ -397,6 +397,15 @@ def test_the_untrained_explicit_predictor_is_linear_and_a_change_at_one_output_m
     close(network(z + change, other)[0] - network(z, other)[0], (h @ h_other + 1) / 8 * c)
     rotated = network.input(x)[0] - network.input(torch.zeros(1, X))[0]
     close(rotated.norm(), x.norm())
+
+
+def test_the_output_is_a_change_of_the_state_or_the_next_state(task):
+    """The same weights either way: what the two return differs by the state."""
+    for regime, default in (("parametric", "residual"), ("explicit", "residual"), ("implicit", "direct")):
+        past = past_states(make(regime), task)
+        found = {update: make(regime, update=update).eval().update(past, task.context_x[0], task.context_y[0], task.query_x) for update in (None, "residual", "direct")}
+        close(found["residual"], past[-1] + found["direct"])
+        assert torch.equal(found[None], found[default])
 
 
 def test_an_untrained_update_stays_where_it_is(task):

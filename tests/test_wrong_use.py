@@ -69,6 +69,8 @@ FLAGS = [  # flags, what the line must name
     ("--regime explicit --state latent", "--state"),
     ("--decoder convolution", "--decoder"),
     ("--regime implicit --decoder linear", "--decoder"),
+    ("--regime parametric --update direct", "--update"),
+    ("--attention none", "--attention"),
     ("--regime parametric --latent 8", "--latent"),
     ("--regime implicit --hidden 8", "--hidden"),
     ("--regime explicit --mask causal --latent-tokens 2", "--latent-tokens"),
