@@ -1,21 +1,40 @@
 """Writes the README's tables from the JSON files beside this script: python results/tables.py
 
 Every number between a pair of <!-- table: NAME --> and <!-- end --> comments comes from here, and a test compares. A file is
-the results.json of the command that it names itself. Columns "paper" quote its tables 2 to 6, at its sizes, not at ours.
+the results.json of the command that it names itself; NAME.seed1.json is that of the same command with --seed 1. Columns
+"paper" quote its tables 2 to 6, at its sizes, not at ours.
 """
 
 import json
+import math
 import re
 from pathlib import Path
+from statistics import mean, stdev
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 NOT_RUN = "not run"
 
 
-def read(name):
+def load(name):
     path = HERE / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def read(name):
+    """The results of a command, averaged over the seeds that were run; None if it was not run.
+
+    Seeds share their evaluation tasks. A standard error holds both: the tasks' and, where there are several seeds, the seeds'.
+    """
+    found = [r for r in (load(name), *(load(f"{name}.seed{seed}") for seed in range(1, 10))) if r]
+    if not found:
+        return None
+    for split, m in found[0]["metrics"].items() if len(found) > 1 else ():
+        seeds = [r["metrics"][split] for r in found]
+        over_seeds = [stdev(step) / len(found) ** 0.5 for step in zip(*(s["mean"] for s in seeds))]
+        m["stderr"] = [math.hypot(mean(tasks), own) for tasks, own in zip(zip(*(s["stderr"] for s in seeds)), over_seeds)]
+        m["mean"] = [mean(step) for step in zip(*(s["mean"] for s in seeds))]
+    return found[0] | {"seeds": len(found), "train_seconds": mean(r["train_seconds"] for r in found)}
 
 
 def at(row, step, digits=1, key=None):
@@ -25,6 +44,10 @@ def at(row, step, digits=1, key=None):
         return ""
     i = row["steps"].index(step)
     return f"{part['mean'][i]:.{digits}f} ± {part['stderr'][i]:.{digits}f}"
+
+
+def value(row, step):
+    return row["mean"][row["steps"].index(step)]
 
 
 def table(head, rows):
@@ -48,15 +71,15 @@ def quick():
 
     def error(r, split="id"):
         m = r["metrics"][split]
-        return "step 1: {:.3g}, step 5: {:.3g}".format(*(m["mean"][m["steps"].index(k)] for k in (1, 5)))
+        return "step 1: {:.3g}, step 5: {:.3g}".format(*(value(m, k) for k in (1, 5)))
 
     def regression(r):
         oracle = r["baselines"]["id"]["ridge, all seen"]
-        return f"squared error at {error(r)}; oracle {oracle['mean'][oracle['steps'].index(5)]:.3g}"
+        return f"squared error at {error(r)}; oracle {value(oracle, 5):.3g}"
 
     def order(r):
         K = r["args"]["steps"]
-        return "; ".join(f"{m['data']}: stage error {m['mean'][m['steps'].index(K)]:.2f}" for m in list(r["metrics"].values())[:2])
+        return "; ".join(f"{m['data']}: stage error {value(m, K):.2f}" for m in list(r["metrics"].values())[:2])
 
     jobs = {
         "linreg": regression, "linreg-implicit": regression, "mnist-parametric": lambda r: f"error % at {error(r)}", "mnist": lambda r: f"error % at {error(r)}",
@@ -71,25 +94,51 @@ def quick():
 def linreg():
     """Squared error, its multiple of the oracle, and the paper at 5 steps (tables 2, 3 and 4)."""
     files = {
-        "linreg": ("", 0.5), "linreg-grad": ("--signal grad", 4.1), "linreg-both": ("--signal both", 0.6), "linreg-linear": ("--decoder linear", 0.5),
-        "linreg-explicit": ("--regime explicit", 2.6), "linreg-explicit-linear": ("--regime explicit --decoder linear", 2.6),
-        "linreg-implicit": ("--regime implicit", 6.2), "linreg-implicit-random": ("--regime implicit --carry random", ""),
+        "linreg": ("", 0.5), "linreg-grad": ("--signal grad", 4.1), "linreg-both": ("--signal both", 0.6), "linreg-linear": ("--decoder linear", 0.5), "linreg-softmax": ("--attention softmax", 0.5),
+        "linreg-explicit": ("--regime explicit", 2.6), "linreg-explicit-linear": ("--regime explicit --decoder linear", 2.6), "linreg-explicit-softmax": ("--regime explicit --attention softmax", 2.6),
+        "linreg-implicit": ("--regime implicit", 6.2), "linreg-implicit-softmax": ("--regime implicit --attention softmax", 6.2),
     }  # fmt: skip
-    rows, found = [], None
+    rows, oracle = [], None
     for name, (flags, paper) in files.items():
         results = read(name)
         if not results:
-            rows.append([f"`python linreg.py {flags}`".replace(" `", "`"), NOT_RUN, "", "", "", "", paper])
+            rows.append([f"`python linreg.py {flags}`".replace(" `", "`"), NOT_RUN, "", "", "", "", "", paper])
             continue
-        found = results
-        m = results["metrics"]["id"]
-        oracle = results["baselines"]["id"]["ridge, all seen"]
-        ratio = m["mean"][m["steps"].index(5)] / oracle["mean"][oracle["steps"].index(5)]
-        rows.append([command(results), *(at(m, k, 3) for k in (1, 5, 10)), f"{ratio:.2f}", minutes(results), paper])
-    found = read("linreg") or found
-    for name, row in found["baselines"]["id"].items() if found else ():
-        rows.append([f"*{name}*", *(at(row, k, 3) for k in (1, 5, 10)), "", "", ""])
-    return table(["command", "1", "5", "10", "× oracle at 5", "minutes", "paper at 5"], rows)
+        m, oracle = results["metrics"]["id"], oracle or results["baselines"]["id"]
+        ratio = value(m, 5) / value(oracle["ridge, all seen"], 5)
+        rows.append([command(results), results["seeds"], *(at(m, k, 3) for k in (1, 5, 10)), f"{ratio:.2f}", minutes(results), paper])
+    for name, row in (oracle or {}).items():
+        ratio = value(row, 5) / value(oracle["ridge, all seen"], 5)
+        rows.append([f"*{name}*", "", *(at(row, k, 3) for k in (1, 5, 10)), f"{ratio:.2f}", "", ""])
+    return table(["command", "seeds", "1", "5", "10", "× oracle at 5", "minutes", "paper at 5"], rows)
+
+
+def special():
+    """Special cases of the framework, by the flags that make them, after as many steps as they are trained on."""
+    names = {
+        "hypernetwork": ("--regime parametric --steps 1", 1), "conditional neural process": ("--regime explicit --steps 1", 1),
+        "in-context learning": ("--regime implicit --steps 1", 1), "learned optimizer": ("--regime parametric --signal grad", 5),
+    }  # fmt: skip
+    files = {"hypernetwork": "hypernetwork", "conditional neural process": "cnp", "in-context learning": "icl", "learned optimizer": "grad"}
+    rows = []
+    for name, (flags, k) in names.items():
+        found = [read(f"{script}-{files[name]}") for script in ("linreg", "mnist")]
+        rows.append([name, f"`{flags}`", k, *(at(r["metrics"]["id"], k, digits) if r else NOT_RUN for r, digits in zip(found, (3, 1)))])
+    return table(["special case", "flags of `linreg.py` and `mnist.py`", "steps", "linear regression", "MNIST, error %"], rows)
+
+
+def ablations():
+    """Short runs, three seeds; the difference from the first row of a group against its standard error."""
+    found, rows = load("ablations"), []
+    for group, variants in (found or {}).items():
+        first = next(iter(variants.values()))
+        for label, row in variants.items():
+            K, last = row["trained"], row["steps"][-1]
+            digits = 1 if row["name"] == "error %" else 3
+            difference, noise = (row["mean"][K] - first["mean"][K], math.hypot(row["stderr"][K], first["stderr"][K]))
+            verdict = "" if row is first else "tie" if abs(difference) <= 2 * noise else "better" if difference < 0 else "worse"
+            rows.append([group if row is first else "", label, *(at(row, k, digits) for k in (1, K, last)), verdict, f"`{row['command']}`"])
+    return table(["what is varied", "value", "1", "5", "10", "against the first", "command"], rows) if rows else table(["`python results/ablations.py`"], [[NOT_RUN]])
 
 
 def errors(files, paper):
@@ -101,10 +150,10 @@ def errors(files, paper):
         rows.append([f"**{found[0]['metrics'][split]['data']}**" + (" (out of distribution)" if split != "id" else "")])
         for r in found:
             quoted = paper.get((r["args"]["regime"], split), "") if r["args"].get("decoder") != "linear" or r["args"]["regime"] == "implicit" else ""
-            rows.append([command(r), *(at(r["metrics"][split], k) for k in (1, 2, 5, 10)), minutes(r) if split == "id" else "", quoted])
+            rows.append([command(r), r["seeds"], *(at(r["metrics"][split], k) for k in (1, 2, 5, 10)), minutes(r) if split == "id" else "", quoted])
         for name, row in found[0]["baselines"][split].items():
-            rows.append([f"*{name}*", *(at(row, k) for k in (1, 2, 5, 10))])
-    return table(["error %", "1", "2", "5", "10", "minutes", "paper at 1 / 5"], [row + [""] * (7 - len(row)) for row in rows])
+            rows.append([f"*{name}*", "", *(at(row, k) for k in (1, 2, 5, 10))])
+    return table(["error %", "seeds", "1", "2", "5", "10", "minutes", "paper at 1 / 5"], [row + [""] * (8 - len(row)) for row in rows])
 
 
 def mnist():
@@ -112,11 +161,13 @@ def mnist():
         ("implicit", "id"): "24.9 / 12.4", ("implicit", "ood"): "31.9 / 26.1", ("parametric", "id"): "43.9 / 35.5",
         ("parametric", "ood"): "40.5 / 34.3", ("explicit", "id"): "89.2 / 88.7", ("explicit", "ood"): "90.0 / 90.0",
     }  # fmt: skip
-    files = {
-        "mnist": "python mnist.py", "mnist-parametric": "python mnist.py --regime parametric", "mnist-explicit": "python mnist.py --regime explicit",
-        "mnist-parametric-linear": "python mnist.py --regime parametric --decoder linear",
-    }  # fmt: skip
-    return errors(files, paper)
+    return errors({"mnist": "python mnist.py"} | {f"mnist-{regime}": f"python mnist.py --regime {regime}" for regime in ("parametric", "explicit")}, paper)
+
+
+def fmnist():
+    """The other direction: trained on FashionMNIST."""
+    paper = {("implicit", "id"): "22.8 / 18.8", ("implicit", "ood"): "29.1 / 16.9", ("parametric", "id"): "35.9 / 30.8", ("parametric", "ood"): "38.8 / 31.3"}
+    return errors({"fmnist": "python mnist.py --dataset fmnist", "fmnist-parametric": "python mnist.py --dataset fmnist --regime parametric"}, paper)
 
 
 def imagenet():
@@ -179,7 +230,7 @@ def sampler():
     return f"\n\nCausal graphs, a data set of 320 rows, `{results['command']}`: {rows} than a plain numpy loop; both in equal parts, as in training: {loop / ours:.1f} times."
 
 
-TABLES = {"bench": bench, "quick": quick, "linreg": linreg, "mnist": mnist, "imagenet": imagenet, "flow": flow, "toposort": toposort}
+TABLES = {"bench": bench, "quick": quick, "linreg": linreg, "special": special, "mnist": mnist, "fmnist": fmnist, "imagenet": imagenet, "flow": flow, "toposort": toposort, "ablations": ablations}
 
 
 def fill(text):

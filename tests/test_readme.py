@@ -6,8 +6,11 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 
 import pytest
+
+import common
 
 from conftest import ROOT
 
@@ -38,6 +41,27 @@ def test_commands_are_understood(script, flags, monkeypatch):
     if script in ("bench", "tables") or "--extract" in flags or re.search(r"(DIR|FILE|--help)\b", flags):
         pytest.skip("no training run")
     importlib.import_module(script).get_args(shlex.split(flags) + ["--device", "cpu"])
+
+
+def test_excerpts_are_in_the_source():
+    """Line by line, wherever the source indents them."""
+    found = re.findall(r"<!-- from (\S+) -->\n```python\n(.*?)```", README, re.S)
+    assert len(found) >= 3
+    for file, excerpt in found:
+        source = open(os.path.join(ROOT, file)).read()
+        assert any(textwrap.indent(excerpt, " " * n) in source for n in (0, 4, 8, 12)), excerpt
+
+
+def test_the_shapes_of_the_walk_through_are_those_of_the_defaults(monkeypatch):
+    mnist = importlib.import_module("mnist")
+    args = mnist.get_args(["--device", "cpu"])
+    task = mnist.sample_tasks(mnist.load(args), args.tasks, args.steps, args)
+    model = mnist.make_model(args).train()
+    shapes = {f"`{name}` {tuple(part.shape)}" for name, part in task._asdict().items()}
+    shapes |= {f"state ({', '.join(map(str, model.initial_state(task.query_x).shape))})".removeprefix("state "), f"prediction {tuple(next(common.refine(model, task)).shape)}"}
+    walk = README[README.index("### One training step") : README.index("## Quick start")]
+    for shape in shapes:
+        assert shape in walk, shape
 
 
 def test_linked_files_exist():
