@@ -3,6 +3,7 @@
     python bench.py                                                 # every script and regime: five minutes
     python bench.py --scripts mnist --regimes implicit --width 256  # flags that are not its own go to the scripts
     python bench.py --preset paper --device cuda --dtype bfloat16   # the paper's sizes, on a GPU
+    python bench.py --cost out/linreg/checkpoint.pt                 # instead: K steps beside one step on all data, by a trained model
 
 A turn runs the script's own `train` for about half a second, on the same tasks as the other turns; all of it but the journal
 is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. The columns:
@@ -28,6 +29,7 @@ have the same ones). Everything about memory and K is with whole mini-batches, t
 import contextlib
 import copy
 import datetime
+import functools
 import importlib
 import io
 import itertools
@@ -39,6 +41,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
+from collections import deque, namedtuple
 from statistics import median
 from unittest import mock
 
@@ -59,6 +62,7 @@ SCRIPTS = {"linreg": ALL, "mnist": ALL, "imagenet": ALL, "mog_flow": ("implicit"
 NO_FILES = {"mnist": ["--dataset=glyphs"], "imagenet": ["--features=synthetic"]}
 TURN, MOST = 0.5, 20  # a turn is this many seconds of steps, but at most so many steps
 KS = range(1, 11)
+NOWHERE = os.path.join(tempfile.gettempdir(), "bench-writes-nothing-here")
 
 
 def get_args(argv=None):
@@ -67,10 +71,12 @@ def get_args(argv=None):
     add("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="default: all")
     add("--regimes", nargs="+", choices=ALL, default=ALL, help="default: all that a script has")
     add("--repeats", type=common.count, default=5, help="turns")
-    add("--out", type=common.path, default="out/bench.json", help="the JSON file: the table, every turn, sizes and machine")
+    add("--out", type=common.path, help="the JSON file: the table, every turn, sizes and machine (default: out/bench.json or out/cost.json)")
     add("--sampler", action="store_true", help="instead: toposort's sampler beside a plain numpy loop")
+    add("--cost", type=common.path, metavar="FILE", help="instead: time, memory and error of K steps beside one step on all their data, by a checkpoint of linreg or mnist; a plot beside --out")
     add("--overwrite", action="store_true", help="replace that file")
     args, args.more = parser.parse_known_args(argv)
+    args.out = args.out or f"out/{'cost' if args.cost else 'bench'}.json"
     if os.path.isdir(args.out) or (os.path.lexists(args.out) and not args.overwrite):
         common.fail(f"--out {args.out} exists: give another file" + ("" if os.path.isdir(args.out) else ", or --overwrite"))
     common.check_out(Namespace(eval=None, resume=None, overwrite=True, out=os.path.dirname(args.out) or "."))
@@ -80,12 +86,21 @@ def get_args(argv=None):
 
 def get_jobs(args):
     """-> (script, regime, the script's own args), all of them checked before any work."""
-    jobs, nowhere = [], os.path.join(tempfile.gettempdir(), "bench-writes-nothing-here")
+    jobs = []
+
+    def add(script, regime, *flags):
+        with contextlib.redirect_stdout(io.StringIO()):  # the line on where a run would write
+            jobs.append((script, regime, importlib.import_module(script).get_args([*flags, f"--out={NOWHERE}", "--overwrite"])))
+
+    if args.cost:
+        script = common.load_checkpoint(args.cost, None)["script"]
+        if script not in ("linreg", "mnist"):
+            common.fail(f"--cost {args.cost} is a checkpoint of {script}.py; it must be one of linreg.py or mnist.py")
+        add(script, "", f"--eval={args.cost}", *args.more)
+        return jobs
     for script, regime in itertools.product(args.scripts, args.regimes):
         if regime in SCRIPTS[script]:
-            flags = [*NO_FILES.get(script, []), *args.more, f"--regime={regime}", f"--out={nowhere}", "--overwrite"]
-            with contextlib.redirect_stdout(io.StringIO()):  # the line on where a run would write
-                jobs.append((script, regime, importlib.import_module(script).get_args(flags)))
+            add(script, regime, *NO_FILES.get(script, []), *args.more, f"--regime={regime}")
     if not jobs:
         common.fail(f"--regimes {' '.join(args.regimes)}: {' and '.join(args.scripts)} can only do implicit")
     return jobs
@@ -208,20 +223,24 @@ def count_flop(train, model, args):
     return (counter.total - 3 * first) / iters
 
 
+def peak_bytes(call, device):
+    """Peak of the tensors that a call makes."""
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
+
+
 def peak_memory(train, model, args):
     """Peak MB of the tensors in two steps; the weights are there before and are added."""
-    args.iters, cuda = 1, torch.device(args.device).type == "cuda"
+    args.iters = 1
     with whole_batches():
-        if cuda:
-            before = torch.cuda.memory_allocated(args.device)
-            torch.cuda.reset_peak_memory_stats(args.device)
-            train(model)
-            peak = torch.cuda.max_memory_allocated(args.device) - before
-        else:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-                train(model)
-            changes = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
-            peak = max(itertools.accumulate(change for _, change in changes))
+        peak = peak_bytes(lambda: train(model), args.device)
     return (peak + sum(p.numel() * p.element_size() for p in model.parameters())) / 1e6
 
 
@@ -267,6 +286,229 @@ def measure(script, args, repeats):
         "script": script, "regime": args.regime, "data": name, "args": args.description["args"], "table": table, "flop_per_step": flop,
         "iterations_per_turn": iters, "turns": turns, "by_k": {"steps": list(KS), "ms": k_ms, "MB": k_mb},
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------- other optimizers as rivals (--baseline of the scripts)
+
+
+RATES = [10 ** (i / 2) for i in range(-6, 7)]  # learning rates that are tried; predictors divide by sqrt(dim), so good ones can be large
+MARKS = sorted({round(1.25**i) for i in range(27)})  # steps on all data, up to 331, after which there is a prediction
+Problem = namedtuple("Problem", "predictor size loss metric")  # of a script: predictor(w (B, P), x), P, loss and metric of a prediction
+Run = namedtuple("Run", "start rates steps observations")  # start(task, rate) yields predictions after these steps, from so many observations
+
+
+def seen(task, k):
+    """The observations of the first k mini-batches: x (B, k N, X), y (B, k N, Y)."""
+    return tuple(c[:k].transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))
+
+
+def descend(optimizer, w, batches, objective):
+    """A step of a torch.optim optimizer on each (x, y); yields w (B, P). Adam and SGD treat every number alone: tasks do not meet.
+
+    L-BFGS takes the sum over tasks as one problem. It has the same solution, without B times the overhead.
+    """
+    for x, y in batches:
+
+        def closure():
+            optimizer.zero_grad()
+            value = objective(w, x, y)
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        yield w.detach()
+
+
+def adapt(w, rate, batches, objective, order=2):
+    """MAML's inner loop: gradient descent from w (B, P), yields each next. To who differentiates it, first order takes slopes as constants."""
+    for x, y in batches:
+        slope = torch.func.grad(objective)(w, x, y)
+        w = w - rate * (slope if order == 2 else slope.detach())
+        yield w
+
+
+def meta_loss(start, log_rate, task, problem, objective, order):
+    """The loss on the queries after a step on each mini-batch, from start (P,)."""
+    *_, w = adapt(start.expand(len(task.query_x), -1), log_rate.exp(), zip(task.context_x, task.context_y), objective, order)
+    return problem.loss(problem.predictor(w, task.query_x), task.query_y).mean()
+
+
+def meta_train(sample, problem, objective, rate, order, seconds, args):
+    """MAML on the tasks that the model was trained on -> start (P,), learning rate, iterations. It begins at the rate that suits SGD."""
+    start, log_rate = torch.zeros(problem.size, device=args.device), torch.tensor(math.log(rate), device=args.device)
+    optimizer = torch.optim.Adam([start, log_rate])
+    slopes, begin, left = torch.func.grad(meta_loss, argnums=(0, 1)), time.time(), 1.0
+    for iteration in itertools.count(1):
+        common.seed_all(common.TRAINING, args.seed, iteration - 1)
+        start.grad, log_rate.grad = slopes(start, log_rate, sample(args.tasks, args.steps), problem, objective, order)
+        optimizer.param_groups[0]["lr"] = 0.01 * left  # falls to zero with the time that is left
+        optimizer.step()
+        left = 1 - (time.time() - begin) / seconds
+        if left <= 0:
+            return start, log_rate.exp().item(), iteration
+
+
+def trace(run, task, rate, args):
+    """-> predictions of a run and the seconds from its start to each."""
+    predictions, seconds, start = [], [], now(args.device)
+    for prediction in itertools.islice(run.start(task, rate), len(run.steps)):
+        predictions.append(prediction)
+        seconds.append(now(args.device) - start)
+    return predictions, seconds
+
+
+def faster(ours, row):
+    """How many times sooner the model is within 1% of what a rival ends at than the rival is; None if it never is."""
+    goal = 1.01 * row["mean"][row["end"]]
+    mine, theirs = (next((s for s, mean in zip(r["seconds"], r["mean"]) if mean <= goal), None) for r in (ours, row))
+    return theirs / mine if mine else None
+
+
+@torch.no_grad()
+def race(model, sample, problem, args, stream=0):
+    """The model beside optimizers of the parametric regime's predictor, on the tasks of the evaluation -> race.json.
+
+    All see the same fresh mini-batches, a step on each; those with "all data" do many steps on the observations of the first K, and stop.
+    Seconds are those of B tasks solved at once, predictions included: the median of the chunks that the evaluation comes in.
+    Learning rates, and the step at which a rival ends, are those of the lowest metric on 32 tasks that are not evaluated.
+    """
+    results = common.read_results(args.out, args.description["script"])
+    K, S, N = min(args.steps, args.eval_steps), args.eval_steps, args.context
+    seconds = args.baseline_seconds or results["train_seconds"]
+    objective = lambda w, x, y: problem.loss(problem.predictor(w, x), y).mean(-1).sum()  # over tasks: each has its own gradient
+    fresh, whole = (range(1, S + 1), [N * k for k in range(1, S + 1)]), (MARKS, [N * K] * len(MARKS))
+    (practice,) = common.evaluation_tasks(lambda B: sample(B, S), 32, stream=2000)
+
+    def optimize(make, draw, all_data, rates=RATES):
+        def start(task, rate):
+            w = draw(len(task.query_x), problem.size, device=args.device).requires_grad_()
+            batches = itertools.repeat(seen(task, K), MARKS[-1]) if all_data else zip(task.context_x, task.context_y)
+            steps = enumerate(descend(make([w], rate), w, batches, objective), 1)
+            return (problem.predictor(w, task.query_x) for step, w in steps if not all_data or step in MARKS)
+
+        return Run(start, rates, *(whole if all_data else fresh))
+
+    def pick(run):
+        """-> learning rate and index of the lowest metric in practice; it warms everything up as well."""
+        curves = [torch.stack([problem.metric(p, practice.query_y).mean() for p in trace(run, practice, rate, args)[0]]) for rate in run.rates]
+        i, end = divmod(int(torch.stack(curves).nan_to_num(torch.inf).argmin()), len(run.steps))
+        return run.rates[i], end
+
+    adam = functools.partial(torch.optim.Adam, fused=args.device != "mps")
+    lbfgs = functools.partial(torch.optim.LBFGS, max_iter=5, max_eval=50, history_size=10, line_search_fn="strong_wolfe")
+    runs, trained = {"this model": Run(lambda task, _: (p[-1] for p in common.refine(model.eval(), task)), [None], *fresh)}, {}
+    for all_data, words in ((False, ""), (True, ", all data")):
+        if "adam" in args.baseline:
+            runs["Adam, normal start" + words] = optimize(adam, torch.randn, all_data)
+            runs["Adam" + words] = optimize(adam, torch.zeros, all_data)
+        if "sgd" in args.baseline:
+            runs["SGD" + words] = optimize(torch.optim.SGD, torch.zeros, all_data)
+    if "lbfgs" in args.baseline:
+        runs["L-BFGS, all data"] = optimize(lbfgs, torch.zeros, True, [1.0])
+    for order, name in ((2, "MAML"), (1, "first-order MAML")) if "maml" in args.baseline else ():
+        print(f"{name}: meta-training for {seconds:.0f} s", flush=True)
+        begin, rate, iterations = meta_train(sample, problem, objective, pick(optimize(torch.optim.SGD, torch.zeros, False))[0], order, seconds, args)
+        trained[name] = {"seconds": seconds, "iterations": iterations}
+
+        def start(task, rate, begin=begin):
+            steps = adapt(begin.expand(len(task.query_x), -1), rate, zip(task.context_x, task.context_y), objective)
+            return (problem.predictor(w, task.query_x) for w in steps)
+
+        runs[name] = Run(start, [rate], *fresh)
+
+    chosen, found = {name: pick(run) for name, run in runs.items()}, {name: [] for name in runs}
+    for name, run in runs.items():
+        if run.steps is MARKS:
+            runs[name] = run._replace(steps=MARKS[: chosen[name][1] + 1])
+    for task in common.evaluation_tasks(lambda B: sample(B, S), args.eval_tasks, stream=stream):
+        for name, run in runs.items():
+            predictions, times = trace(run, task, chosen[name][0], args)
+            found[name].append([torch.stack([f(p, task.query_y).mean(1) for p in predictions], 1) for f in (problem.metric, problem.loss)] + [times])
+    rows = {}
+    for name, chunks in found.items():
+        metrics, losses, times = zip(*chunks)
+        rows[name] = common.summary(
+            metrics, list(runs[name].steps), observations=runs[name].observations[: len(times[0])], seconds=[median(t) for t in zip(*times)],
+            loss=common.summary(losses)["mean"], rate=chosen[name][0], end=chosen[name][1],
+        )  # fmt: skip
+    ours, metric = rows["this model"], results["metrics"]["id"]["name"]
+    for name, row in list(rows.items())[1:]:
+        row["faster"], end = faster(ours, row), row["end"]
+        ratio = row["faster"]
+        verdict = f"never reaches it ({min(ours['mean']):.3g} at best)" if ratio is None else f"reaches it {max(ratio, 1 / ratio):.3g} times {'faster' if ratio > 1 else 'slower'}"
+        print(f"{name}: {metric} {row['mean'][end]:.3g} after {row['seconds'][end]:.3g} s, {row['observations'][end]} observations; this model {verdict}")
+    same = ("script", "args", "data", "device", "machine", "dtype", "threads", "torch", "seed", "iterations", "train_seconds")
+    report = {"command": args.description["command"]} | {key: results[key] for key in same}
+    report |= {"batch": min(32, args.eval_tasks), "metric": metric, "meta_training": trained, "rows": rows}
+    common.replace_file(os.path.join(args.out, "race.json"), lambda path: common.write_text(path, json.dumps(report, indent=1)))
+
+
+# ---------------------------------------------------------------- many steps or one on all data (--cost)
+
+
+COST_KS = (1, 2, 4, 8, 16, 32)
+FORMS = {"steps": "K steps", "one": "one step"}
+
+
+@torch.no_grad()
+def measure_cost(script, args):
+    """K steps on N observations each beside one step on K N, by a trained model on fixed tasks -> {"steps" or "one": its ms, MB and metric}."""
+    s, K, (data, model, _, sample) = importlib.import_module(script), args.steps, load(script, args)
+    metric, unit = (s.make_metric(args), "squared error") if script == "linreg" else (s.error, "error %")
+    args.tasks, args.steps = 32, COST_KS[-1]
+    forms = {  # of the first k mini-batches
+        "steps": lambda task, k: task._replace(context_x=task.context_x[:k], context_y=task.context_y[:k]),
+        "one": lambda task, k: task._replace(**{f"context_{c}": data[None] for c, data in zip("xy", seen(task, k))}),
+    }
+    solve = lambda task: deque(common.refine(model.eval(), task), 1)[0][-1]  # keeps the last prediction only
+    found = {form: {k: ([], [], []) for k in COST_KS} for form in forms}  # ms and errors of every chunk, MB of the first
+    for task in common.evaluation_tasks(lambda _: sample(), args.eval_tasks):
+        for k, (form, change) in itertools.product(COST_KS, forms.items()):
+            part, (ms, errors, mb) = change(task, k), found[form][k]
+            if not mb:
+                mb.append(peak_bytes(lambda: solve(part), args.device) / 1e6)  # and everything is warm
+            start = now(args.device)
+            prediction = solve(part)
+            ms.append(1000 * (now(args.device) - start))
+            errors.append(metric(prediction, task.query_y).mean(1))
+    note = f"one step on K x {args.context} observations is outside of training for K > 1: a step saw at most {args.context}, and there were {K} steps"
+    cost = {"script": script, "args": args.description["args"], "data": data, "metric": unit, "batch": 32, "note": note}
+    print(note + "\n" + line("K", "", map(str, COST_KS)))
+    for form, by_k in found.items():
+        row = common.summary([torch.stack([torch.cat(errors) for _, errors, _ in by_k.values()], 1)], COST_KS)
+        row |= {"ms": [median(ms) for ms, _, _ in by_k.values()], "MB": [mb for _, _, (mb,) in by_k.values()]}
+        cost[form] = row | {f"{key}^": round(float(np.polyfit(np.log(COST_KS[-3:]), np.log(row[key][-3:]), 1)[0]), 3) + 0.0 for key in ("ms", "MB")}
+        for key, values in (("ms", row["ms"]), ("MB", row["MB"]), (unit, row["mean"])):
+            print(line(FORMS[form], key, values) + (f"   as K^{cost[form][key + '^']:.2f} from K = {COST_KS[-3]}" if key != unit else ""))
+    return cost
+
+
+def plot_cost(report, path):
+    """Milliseconds, megabytes and metric against K, beside the JSON."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cost = report["cost"]
+    fig, axes = plt.subplots(1, 3, figsize=(13.5, 4.2))
+    for ax, key in zip(axes, ("ms", "MB", "mean")):
+        for (form, name), color, style in zip(FORMS.items(), common.COLORS, ("o-", "s--")):
+            slope = f" (as $K^{{{cost[form][key + '^']:.2f}}}$)" if key != "mean" else ""
+            ax.plot(COST_KS, cost[form][key], style, color=color, label=name + slope)
+        common.log_axis(ax, "y")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(COST_KS, map(str, COST_KS))
+        label = {"ms": f"ms for {cost['batch']} tasks", "MB": "MB beside weights and data", "mean": cost["metric"]}[key]
+        ax.set(xlabel=f"K (x {cost['args']['context']} observations)", ylabel=label)
+        ax.legend(fontsize=8)
+        ax.grid(alpha=0.3)
+    axes[2].axvline(cost["args"]["steps"], color="0.7", lw=1, zorder=0)  # trained up to here
+    title = f"{cost['script']}.py {cost['args']['regime']}, {cost['data']}; {report['machine']}, {report['threads']} thread(s), seed {cost['args']['seed']}"
+    fig.suptitle(f"{title}\n{cost['note']}", fontsize=10)
+    fig.tight_layout()
+    common.replace_file(path, lambda path: fig.savefig(path, dpi=130, format="png"))
+    plt.close(fig)
 
 
 # ---------------------------------------------------------------- the sampler of causal graphs
@@ -326,10 +568,21 @@ def main(argv=None):
         "command": args.command, "machine": common.machine(first.device), "device": first.device, "dtype": first.dtype, "threads": torch.get_num_threads(),
         "torch": torch.__version__, "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"), "rows": [],
     }  # fmt: skip
+
+    def write():
+        try:
+            os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+            common.replace_file(args.out, lambda path: common.write_text(path, json.dumps(report, indent=1)))
+        except OSError as problem:
+            common.fail(f"cannot write --out {args.out}: {problem.strerror}")
+
     if args.sampler:
         report["sampler"] = measure_samplers(args.repeats)
-        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        return common.replace_file(args.out, lambda path: common.write_text(path, json.dumps(report, indent=1)))
+        return write()
+    if args.cost:
+        report["cost"] = measure_cost(jobs[0][0], first)
+        write()
+        return plot_cost(report, os.path.splitext(args.out)[0] + ".png")
     print(", ".join(f"{key} {report[key]}" for key in report if key not in ("command", "rows")) + " (columns: bench.py --help)")
     with mock.patch.object(common, "Journal", Clock):
         for script, regime, settings in jobs:
@@ -338,11 +591,7 @@ def main(argv=None):
                 print(line("", "", row["table"]))
             print(line(script, regime, row["table"].values()), flush=True)
             report["rows"].append(row)
-            try:
-                os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-                common.replace_file(args.out, lambda path: common.write_text(path, json.dumps(report, indent=1)))
-            except OSError as problem:
-                common.fail(f"cannot write --out {args.out}: {problem.strerror}")
+            write()
     print("against K\n" + line("", "", map(str, KS)))
     for row in report["rows"]:
         print(line(row["script"], "ms", row["by_k"]["ms"]))

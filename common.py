@@ -382,10 +382,21 @@ def path(text):
 
 
 count = number(int, 1)
+RIVALS = ("adam", "sgd", "lbfgs", "maml")
 
 
-def make_parser(script, doc):
-    """The flags that all scripts share; a script adds its own and sets the defaults that are missing here."""
+def rivals(text):
+    """An argparse type: some of RIVALS, with commas between."""
+    if wrong := [name for name in text.split(",") if name not in RIVALS]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(RIVALS)}")
+    return tuple(dict.fromkeys(text.split(",")))
+
+
+def make_parser(script, doc, predictor=False):
+    """The flags that all scripts share; a script adds its own and sets the defaults that are missing here.
+
+    Those of scripts with a parametric regime, whose predictor other optimizers can fit as well, come with `predictor`.
+    """
     parser = Parser(prog=f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("the method").add_argument
     add("--regime", choices=REGIMES, help="what persists between steps: weights, a latent, or each query's prediction")
@@ -412,6 +423,10 @@ def make_parser(script, doc):
     add("--iters", type=count, help="optimizer steps")
     add("--lr", type=number(float, 0, strict=True), help="peak learning rate (warm-up, then cosine)")
     add("--eval-tasks", type=number(int, 2), default=256, help="fixed tasks that the evaluation averages over")
+    if predictor:
+        add("--eval-steps", type=count, metavar="S", help="mini-batches that the evaluation goes up to (default: 2K)")
+        add("--baseline", type=rivals, metavar="LIST", help="race these on the evaluation tasks, at the parametric regime's predictor: some of adam,sgd,lbfgs,maml; makes race.json and race.png")
+        add("--baseline-seconds", type=number(float, 0, strict=True), metavar="SECONDS", help="meta-training of maml, first and second order each (default: as long as the model was trained)")
     add("--seed", type=number(int, 0), default=0, help="seeds weights and training data; evaluation tasks never change")
     add("--preset", choices=("laptop", "paper"), default="laptop", help="laptop: the defaults; paper: the paper's scale, for one GPU")
     add = parser.add_argument_group("the machine and the files").add_argument
@@ -427,7 +442,7 @@ def make_parser(script, doc):
 
 
 # Flags that say where and how to run, not what: no part of a run's name, and free to change when it is resumed.
-RUNTIME = {"device", "dtype", "compile", "out", "overwrite", "resume", "eval", "plot_only", "data_dir", "eval_tasks"}
+RUNTIME = {"device", "dtype", "compile", "out", "overwrite", "resume", "eval", "plot_only", "data_dir", "eval_tasks", "eval_steps", "baseline", "baseline_seconds"}
 
 
 def parse_args(parser, presets, argv=None):
@@ -462,6 +477,8 @@ def parse_args(parser, presets, argv=None):
     if args.plot_only:
         return args
     check(args, given)
+    if "eval_steps" in chosen:
+        args.eval_steps = args.eval_steps or 2 * args.steps
     args.device, args.dtype, reason = pick_device(args.device, args.dtype)
     changed = [f"{flag}_{value}" for flag, value in sorted(given.items()) if value != defaults[flag] and flag not in RUNTIME]
     beside = os.path.join(os.path.dirname(args.eval or ""), "eval")
@@ -493,6 +510,8 @@ def check(args, given):
     for flag in ("latent", "hidden"):
         if flag in given and args.regime != "explicit":
             fail(f"--{flag} is for --regime explicit")
+    if "baseline_seconds" in given and "maml" not in (args.baseline or ()):
+        fail("--baseline-seconds is for --baseline maml; the others are not trained")
 
 
 def pick_device(device, dtype):
@@ -523,7 +542,7 @@ def cpu_has_bfloat16():
         return False
 
 
-RUN_FILES = ("checkpoint.pt", "log.jsonl", "results.json", "error.png")
+RUN_FILES = ("checkpoint.pt", "log.jsonl", "results.json", "error.png", "race.json", "race.png")
 
 
 def check_out(args):
@@ -580,7 +599,7 @@ def read_log(out):
 
 
 def load_checkpoint(path, script):
-    """A dict of tensors and primitives; loading runs no code of the file."""
+    """A dict of tensors and primitives, of any script if that is None; loading runs no code of the file."""
     kinds = {"script": str, "args": dict, "iteration": int, "train_seconds": float, "model": dict, "optimizer": dict}
     if not os.path.isfile(path):
         fail(f"no checkpoint at {path}")
@@ -592,7 +611,7 @@ def load_checkpoint(path, script):
         fail(f"{path} is not a checkpoint of this project, or it is damaged")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):
         fail(f"{path} is not a checkpoint of this project")
-    if checkpoint["script"] != script:
+    if script and checkpoint["script"] != script:
         fail(f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py")
     return checkpoint
 
@@ -803,6 +822,21 @@ def read_results(out, script):
     return results
 
 
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#999999")  # seven are told apart by the colour-blind too
+
+
+def log_axis(ax, which):
+    """Makes an axis ("x" or "y") of what is drawn so far logarithmic, with ticks in plain numbers: 1, 2 and 5, or 1 alone over many decades."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set(**{f"{which}scale": "log"})
+    low, high = getattr(ax, f"get_{which}lim")()
+    axis = getattr(ax, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def plot_steps(out, results, log_scale=False):
     """error.png: the metric against the step, with baselines, one panel a split; and the training loss of each step.
 
@@ -812,9 +846,8 @@ def plot_steps(out, results, log_scale=False):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter
 
-    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#999999")  # six are told apart by the colour-blind too
+    colors = COLORS
     metrics, log, K = results["metrics"], read_log(out), results["args"]["steps"]
     panels = len(metrics) + bool(log)
     columns = panels if panels <= 5 else 3
@@ -831,10 +864,7 @@ def plot_steps(out, results, log_scale=False):
         where = "in distribution: " if split == "id" else "out of distribution: " if split.startswith("ood") else ""
         ax.set(title=textwrap.fill(where + m["data"], 45), xlabel="mini-batches seen", ylabel=m["name"])
         if log_scale:
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter(NullFormatter())
+            log_axis(ax, "y")
         if panels <= 5:
             ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
@@ -854,3 +884,48 @@ def plot_steps(out, results, log_scale=False):
     fig.tight_layout(rect=(0, 0.06 if panels > 5 else 0, 1, 1))
     replace_file(os.path.join(out, "error.png"), lambda path: fig.savefig(path, dpi=130, format="png"))
     plt.close(fig)
+
+
+def plot_race(out):
+    """race.png, if --baseline made a race.json: the metric against seconds, and against observations seen."""
+    path = os.path.join(out, "race.json")
+    if not os.path.exists(path):
+        return
+    try:
+        with open(path) as f:
+            report = json.load(f)
+        rows, args, metric = report["rows"], report["args"], report["metric"]
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{path} is damaged")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(12, 5.6), sharey=True)
+    colors = {}
+    for name, row in rows.items():
+        color = colors.setdefault(name.removesuffix(", all data"), COLORS[len(colors)])
+        many = name.endswith(", all data")
+        style = dict(color=color, ls="--" if many else "-", marker="D" if many else "o", markevery=[row["end"]], lw=2.5 if name == "this model" else 1.3, label=name)
+        axes[0].plot(row["seconds"], row["mean"], **style)
+        if many:  # every step sees the same observations
+            axes[1].plot(row["observations"][-1:], row["mean"][-1:], **style | dict(markevery=None))
+        else:
+            axes[1].plot(row["observations"], row["mean"], **style)
+    axes[0].set(xlabel=f"seconds for {report['batch']} tasks at once", ylabel=metric)
+    axes[1].set(xlabel="observations seen, a task (grey: what this model is trained up to)")
+    axes[1].axvline(args["steps"] * args["context"], color="0.7", lw=1, zorder=0)
+    for ax in axes:
+        log_axis(ax, "x")
+        log_axis(ax, "y")
+        ax.grid(alpha=0.3)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=9, handlelength=4)
+    fig.suptitle(
+        f"{report['script']}.py {args['regime']}, trained for {report['train_seconds']:.0f} s: {report['data']}\n{report['machine']}, {report['threads']} thread(s), seed {report['seed']}; "
+        "marks: the step that is best on other tasks", fontsize=10,
+    )  # fmt: skip
+    fig.tight_layout(rect=(0, 0.14, 1, 1))
+    replace_file(os.path.join(out, "race.png"), lambda path: fig.savefig(path, dpi=130, format="png"))
+    plt.close(fig)
+    print(f"plot: {out}/race.png")

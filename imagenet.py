@@ -58,7 +58,7 @@ def folder_name(text):
 
 
 def get_args(argv=None):
-    parser = common.make_parser("imagenet", __doc__)
+    parser = common.make_parser("imagenet", __doc__, predictor=True)
     add = parser.add_argument_group("the data").add_argument
     known = "a backbone that was extracted, mobilenet_v2 (the .npz files), or synthetic; auto: the first of these that is found"
     add("--features", type=folder_name, default="auto", help=known)
@@ -294,9 +294,9 @@ def bayes_error(features, args, tasks=500, n=100):
 
 
 def evaluate(model, features, args):
-    """The model after 0 ... 2K fresh mini-batches, beside rivals that are given exactly the data it has seen so far."""
-    steps = sorted({1, 2, args.steps, 2 * args.steps})  # of the rivals: logistic regression is slow
-    sample = lambda B: sample_tasks(features, B, 2 * args.steps, args)
+    """The model after 0 ... S fresh mini-batches (--eval-steps, or 2K), beside rivals that are given exactly the data it has seen so far."""
+    steps = sorted({min(k, args.eval_steps) for k in (1, 2, args.steps, args.eval_steps)})  # of the rivals: logistic regression is slow
+    sample = lambda B: sample_tasks(features, B, args.eval_steps, args)
     priors = best_priors(sample, steps)
     ours, rivals = [], collections.defaultdict(list)
     for task in common.evaluation_tasks(sample, args.eval_tasks, stream=list(NAMES).index(features.key)):
@@ -607,6 +607,7 @@ def extract(argv):
 def plot(out):
     common.plot_steps(out, common.read_results(out, "imagenet"))
     print(f"plot: {out}/error.png")
+    common.plot_race(out)
 
 
 def main(argv=None):
@@ -626,6 +627,12 @@ def main(argv=None):
     for split, features in data.items():
         metrics[split], baselines[split] = evaluate(model, features, args)
     common.write_results(args, model, data["id"].name, iterations, seconds, metrics, baselines)
+    if args.baseline:
+        import bench
+
+        features = data["id"]
+        problem = bench.Problem(predictor, (features.train.x.shape[1] + 1) * args.ways, loss, error)
+        bench.race(model, lambda B, K: sample_tasks(features, B, K, args), problem, args, list(NAMES).index(features.key))
     plot(args.out)
 
 

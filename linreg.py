@@ -18,7 +18,7 @@ PRESETS = {"paper": dict(dim=100, context=100, queries=100, tasks=128, width=256
 
 
 def get_args(argv=None):
-    parser = common.make_parser("linreg", __doc__)
+    parser = common.make_parser("linreg", __doc__, predictor=True)
     add = parser.add_argument_group("linear regression").add_argument
     add("--dim", type=common.count, default=16, help="dimension of x")
     add("--noise", type=common.number(float, 0, strict=True), default=0.5, help="standard deviation of the noise")
@@ -130,9 +130,9 @@ def posterior_product(batches, query_x, noise):
 
 
 def evaluate(model, args):
-    """The model after 0 ... 2K fresh mini-batches beside the Bayes-optimal answer to exactly the data seen so far."""
+    """The model after 0 ... S fresh mini-batches (--eval-steps, or 2K) beside the Bayes-optimal answer to exactly the data seen so far."""
     metric, ours, oracle, first, nothing, product = make_metric(args), [], [], [], [], []
-    for task in common.evaluation_tasks(lambda B: sample_tasks(B, 2 * args.steps, args), args.eval_tasks):
+    for task in common.evaluation_tasks(lambda B: sample_tasks(B, args.eval_steps, args), args.eval_tasks):
         ours.append(common.evaluate(model, task, metric))
         x, y = (c.transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))  # (B, K * N, ...)
         seen = range(args.context, x.shape[1] + 1, args.context)
@@ -142,7 +142,7 @@ def evaluate(model, args):
         answers = posterior_product(zip(task.context_x, task.context_y), task.query_x, args.noise)
         product.append(torch.stack([metric(a, task.query_y).mean(1) for a in answers], 1))
         nothing.append(metric(torch.zeros_like(task.query_y), task.query_y).mean(1, keepdim=True))
-    steps = list(range(1, 2 * args.steps + 1))
+    steps = list(range(1, args.eval_steps + 1))
     metrics = {"id": common.summary(ours, name="squared error", data=data_name(args))}
     baselines = {
         "ridge, all seen": common.summary(oracle, steps),
@@ -163,6 +163,7 @@ def data_name(args):
 def plot(out):
     common.plot_steps(out, common.read_results(out, "linreg"), log_scale=True)
     print(f"plot: {out}/error.png")
+    common.plot_race(out)
 
 
 def main(argv=None):
@@ -173,6 +174,10 @@ def main(argv=None):
     iterations, seconds = common.trained(args) if args.eval else train(model, args)
     metrics, baselines = evaluate(model, args)
     common.write_results(args, model, data_name(args), iterations, seconds, metrics, baselines)
+    if args.baseline:
+        import bench
+
+        bench.race(model, lambda B, K: sample_tasks(B, K, args), bench.Problem(predictor, args.dim, loss, make_metric(args)), args)
     plot(args.out)
 
 

@@ -29,7 +29,7 @@ PRESETS = {"paper": dict(context=100, queries=100, tasks=128, width=256, depth=4
 
 
 def get_args(argv=None):
-    parser = common.make_parser("mnist", __doc__)
+    parser = common.make_parser("mnist", __doc__, predictor=True)
     add = parser.add_argument_group("the data").add_argument
     add("--dataset", choices=("auto", "mnist", "fmnist", "glyphs"), default="auto", help="auto: mnist, or drawn digits where it cannot be had")
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="where torchvision's MNIST/ and FashionMNIST/ lie or go (default: $IAI_DATA or data/)")
@@ -237,10 +237,10 @@ def nearest_neighbour(x, y, query_x):
 
 
 def evaluate(model, images, dataset, args):
-    """The model after 0 ... 2K fresh mini-batches, beside rivals that are given exactly the data it has seen so far."""
-    steps = list(range(1, 2 * args.steps + 1))
+    """The model after 0 ... S fresh mini-batches (--eval-steps, or 2K), beside rivals that are given exactly the data it has seen so far."""
+    steps = list(range(1, args.eval_steps + 1))
     ours, rivals = [], {"logistic regression": [], "nearest neighbour": [], "majority label": []}
-    tasks = common.evaluation_tasks(lambda B: sample_tasks(images, B, 2 * args.steps, args), args.eval_tasks, stream=list(NAMES).index(dataset))
+    tasks = common.evaluation_tasks(lambda B: sample_tasks(images, B, args.eval_steps, args), args.eval_tasks, stream=list(NAMES).index(dataset))
     for task in tasks:
         ours.append(common.evaluate(model, task, error))
         x, y = (c.transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))  # (B, K * N, ...)
@@ -261,6 +261,7 @@ def evaluate(model, images, dataset, args):
 def plot(out):
     common.plot_steps(out, common.read_results(out, "mnist"))
     print(f"plot: {out}/error.png")
+    common.plot_race(out)
 
 
 def main(argv=None):
@@ -278,6 +279,10 @@ def main(argv=None):
     else:
         metrics["ood"], baselines["ood"] = evaluate(model, other, OTHER[args.dataset], args)
     common.write_results(args, model, NAMES[args.dataset], iterations, seconds, metrics, baselines)
+    if args.baseline:
+        import bench
+
+        bench.race(model, lambda B, K: sample_tasks(images, B, K, args), bench.Problem(predictor, (args.dim + 1) * CLASSES, loss, error), args, list(NAMES).index(args.dataset))
     plot(args.out)
 
 
