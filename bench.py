@@ -84,23 +84,27 @@ def get_args(argv=None):
     return args
 
 
+def read_flags(script, *flags):
+    """A script's own args, without the line on where a run would write."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return importlib.import_module(script).get_args([*flags, f"--out={NOWHERE}", "--overwrite"])
+
+
+def get_cost_job(args):
+    """As get_jobs, for the run that --cost's checkpoint is of."""
+    script = common.load_checkpoint(args.cost, None)["script"]
+    if script not in ("linreg", "mnist"):
+        common.fail(f"--cost {args.cost} is a checkpoint of {script}.py; it must be one of linreg.py or mnist.py")
+    settings = read_flags(script, f"--eval={args.cost}", *args.more)
+    return [(script, settings.regime, settings)]
+
+
 def get_jobs(args):
     """-> (script, regime, the script's own args), all of them checked before any work."""
     jobs = []
-
-    def add(script, regime, *flags):
-        with contextlib.redirect_stdout(io.StringIO()):  # the line on where a run would write
-            jobs.append((script, regime, importlib.import_module(script).get_args([*flags, f"--out={NOWHERE}", "--overwrite"])))
-
-    if args.cost:
-        script = common.load_checkpoint(args.cost, None)["script"]
-        if script not in ("linreg", "mnist"):
-            common.fail(f"--cost {args.cost} is a checkpoint of {script}.py; it must be one of linreg.py or mnist.py")
-        add(script, "", f"--eval={args.cost}", *args.more)
-        return jobs
     for script, regime in itertools.product(args.scripts, args.regimes):
         if regime in SCRIPTS[script]:
-            add(script, regime, *NO_FILES.get(script, []), *args.more, f"--regime={regime}")
+            jobs.append((script, regime, read_flags(script, *NO_FILES.get(script, []), *args.more, f"--regime={regime}")))
     if not jobs:
         common.fail(f"--regimes {' '.join(args.regimes)}: {' and '.join(args.scripts)} can only do implicit")
     return jobs
@@ -292,7 +296,7 @@ def measure(script, args, repeats):
 
 
 RATES = [10 ** (i / 2) for i in range(-6, 7)]  # learning rates that are tried; predictors divide by sqrt(dim), so good ones can be large
-MARKS = sorted({round(1.25**i) for i in range(27)})  # steps on all data, up to 331, after which there is a prediction
+MARKS = sorted({round(1.25**i) for i in range(27)})  # steps on all data, up to 331, after which there is a prediction; L-BFGS makes three iterations a step
 Problem = namedtuple("Problem", "predictor size loss metric")  # of a script: predictor(w (B, P), x), P, loss and metric of a prediction
 Run = namedtuple("Run", "start rates steps observations")  # start(task, rate) yields predictions after these steps, from so many observations
 
@@ -395,7 +399,7 @@ def race(model, sample, problem, args, stream=0):
         return run.rates[i], end
 
     adam = functools.partial(torch.optim.Adam, fused=args.device != "mps")
-    lbfgs = functools.partial(torch.optim.LBFGS, max_iter=5, max_eval=50, history_size=10, line_search_fn="strong_wolfe")
+    lbfgs = functools.partial(torch.optim.LBFGS, max_iter=3, max_eval=50, history_size=10, line_search_fn="strong_wolfe")
     runs, trained = {"this model": Run(lambda task, _: (p[-1] for p in common.refine(model.eval(), task)), [None], *fresh)}, {}
     for all_data, words in ((False, ""), (True, ", all data")):
         if "adam" in args.baseline:
@@ -562,7 +566,7 @@ def line(left, right, cells):
 
 def main(argv=None):
     args = get_args(argv)
-    jobs = get_jobs(args)
+    jobs = get_cost_job(args) if args.cost else get_jobs(args)
     first = jobs[0][2]
     report = {
         "command": args.command, "machine": common.machine(first.device), "device": first.device, "dtype": first.dtype, "threads": torch.get_num_threads(),

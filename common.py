@@ -921,10 +921,9 @@ def plot_race(out):
         log_axis(ax, "y")
         ax.grid(alpha=0.3)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=9, handlelength=4)
-    fig.suptitle(
-        f"{report['script']}.py {args['regime']}, trained for {report['train_seconds']:.0f} s: {report['data']}\n{report['machine']}, {report['threads']} thread(s), seed {report['seed']}; "
-        "marks: the step that is best on other tasks", fontsize=10,
-    )  # fmt: skip
+    title = f"{report['script']}.py {args['regime']}, trained for {report['train_seconds']:.0f} s: {report['data']}"
+    where = f"{report['machine']}, {report['threads']} thread(s), seed {report['seed']}; marks: the step that is best on other tasks"
+    fig.suptitle("\n".join(textwrap.fill(words, 140) for words in (title, where)), fontsize=10)
     fig.tight_layout(rect=(0, 0.14, 1, 1))
     replace_file(os.path.join(out, "race.png"), lambda path: fig.savefig(path, dpi=130, format="png"))
     plt.close(fig)

@@ -85,6 +85,33 @@ def test_a_run_on_a_gpu_is_resumed_there(monkeypatch):
     assert [json.loads(row)["iteration"] for row in open("run/log.jsonl")] == [20]
 
 
+@pytest.mark.parametrize("script", ("linreg", "mnist", "imagenet"))
+def test_an_evaluation_goes_as_far_as_it_is_told(script, finished_copy):
+    """On the same tasks, so that what it passes on the way does not change."""
+    folder = finished_copy(script)
+    usual = json.load(open(folder / "results.json"))
+    for steps in (1, 7):
+        call(script, "--eval", folder / "checkpoint.pt", f"--overwrite --eval-steps {steps}", tiny=False)
+        results = json.load(open(folder / "eval" / "results.json"))
+        assert results["args"] == usual["args"], "says how it was trained"
+        for split, metric in results["metrics"].items():
+            assert metric["steps"] == list(range(steps + 1))
+            shared = min(steps, 4) + 1
+            assert metric["mean"][:shared] == pytest.approx(usual["metrics"][split]["mean"][:shared])
+            for name, row in results["baselines"][split].items():
+                beside = usual["baselines"][split][name]
+                both = {k: (row["mean"][i], beside["mean"][beside["steps"].index(k)]) for i, k in enumerate(row["steps"]) if k in beside["steps"]}
+                assert both and row["steps"][-1] == steps and all(a == pytest.approx(b, rel=1e-4) for a, b in both.values())
+
+
+@pytest.mark.parametrize("flag", ("--eval-steps 3", "--baseline adam"))
+@pytest.mark.parametrize("script", ("toposort", "mog_flow", "alphabets"))
+def test_scripts_without_a_parametric_regime_have_no_such_flag(script, flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).get_args(flag.split())
+    assert stop.value.code == 2 and flag.split()[0] in capsys.readouterr().err
+
+
 def python(script, *words):
     return [sys.executable, os.path.join(ROOT, script), *words]
 

@@ -52,6 +52,12 @@ FLAGS = [  # flags, what the line must name
     ("--latent-tokens 0", "--latent-tokens"),
     ("--eval-tasks 0", "--eval-tasks"),
     ("--seed -1", "--seed"),
+    *((f"--eval-steps {number}", "--eval-steps") for number in (0, -1, "all")),
+    ("--baseline nonsense", "nonsense"),
+    ("--baseline adam,,sgd", "--baseline"),
+    ("--baseline=", "--baseline"),
+    ("--baseline-seconds 0", "--baseline-seconds"),
+    ("--baseline adam --baseline-seconds 9", "--baseline"),
     ("--lr 0", "--lr"),
     ("--lr -1e-3", "--lr"),
     ("--lr nan", "--lr"),
@@ -221,6 +227,13 @@ def test_a_damaged_log(flag, finished_copy, capsys):
     folder = finished_copy("linreg")
     write(folder / "log.jsonl", b"not json\n")
     refused(capsys, "log.jsonl", "linreg", flag, folder, tiny=False)
+
+
+@pytest.mark.parametrize("content", (b"", b"[1]", b"{}"))
+def test_a_damaged_race(content, finished_copy, capsys):
+    folder = finished_copy("linreg")
+    write(folder / "race.json", content)
+    refused(capsys, "race.json", "linreg", "--plot-only", folder, tiny=False)
 
 
 # ---------------------------------------------------------------- --out
