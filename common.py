@@ -865,6 +865,7 @@ def plot_steps(out, results, log_scale=False):
         ax.set(title=textwrap.fill(where + m["data"], 45), xlabel="mini-batches seen", ylabel=m["name"])
         if log_scale:
             log_axis(ax, "y")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         if panels <= 5:
             ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
@@ -922,7 +923,7 @@ def plot_race(out):
         ax.grid(alpha=0.3)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=9, handlelength=4)
     title = f"{report['script']}.py {args['regime']}, trained for {report['train_seconds']:.0f} s: {report['data']}"
-    where = f"{report['machine']}, {report['threads']} thread(s), seed {report['seed']}; marks: the step that is best on other tasks"
+    where = f"{report['machine']}, {report['threads']} thread(s), seed {report['seed']}; marks: where it ends, as picked on other tasks"
     fig.suptitle("\n".join(textwrap.fill(words, 140) for words in (title, where)), fontsize=10)
     fig.tight_layout(rect=(0, 0.14, 1, 1))
     replace_file(os.path.join(out, "race.png"), lambda path: fig.savefig(path, dpi=130, format="png"))
