@@ -75,12 +75,12 @@ def linear_attention(q, k, v, visible=None, causal=False):
     Weights may be negative and grow with x, so that one layer can take a step of gradient descent on a least-squares
     problem (von Oswald et al., 2023). Softmax attention averages: right for classes, slow to learn for regression.
     """
-    weights = q @ k.mT * q.shape[-1] ** -0.5  # (B, heads, S, N)
+    q = q * q.shape[-1] ** -0.5
     if causal:
-        visible = torch.ones_like(weights[0, 0], dtype=torch.bool).tril()
+        visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     if visible is None:
-        return weights @ v / k.shape[-2]
-    return (weights * visible) @ v / visible.sum(-1, keepdim=True)
+        return q @ (k.mT @ v / k.shape[-2])  # the sums over tokens first: time and memory are linear in N
+    return (q @ k.mT * visible) @ v / visible.sum(-1, keepdim=True)
 
 
 class Block(nn.Module):

@@ -27,8 +27,8 @@ def read(name):
     Seeds share their evaluation tasks. A standard error holds both: the tasks' and, where there are several seeds, the seeds'.
     """
     found = [r for r in (load(name), *(load(f"{name}.seed{seed}") for seed in range(1, 10))) if r]
-    if not found:
-        return None
+    if not found or "metrics" not in found[0]:  # bench.json and the like are no runs
+        return found[0] if found else None
     for split, m in found[0]["metrics"].items() if len(found) > 1 else ():
         seeds = [r["metrics"][split] for r in found]
         over_seeds = [stdev(step) / len(found) ** 0.5 for step in zip(*(s["mean"] for s in seeds))]
