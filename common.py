@@ -407,6 +407,16 @@ def fail(message, code=2):
     sys.exit(code)
 
 
+def run(main):
+    """What a script does when it is started; a reader that has seen enough (`| head -1`) ends it without a traceback."""
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it exits
+        sys.exit(1)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (see {self.prog} --help)")
