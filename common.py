@@ -23,6 +23,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -245,7 +246,8 @@ class Parametric(nn.Module):
         if self.carried == "full":
             return states[-1]
         T, B, _ = states.shape
-        return states[torch.randint(T, (B,), device=states.device), torch.arange(B, device=states.device)]
+        prefix = own(torch.randint(T, (RANKS * B,), device=states.device))
+        return states[prefix, torch.arange(B, device=states.device)]
 
 
 class Explicit(Parametric):
@@ -320,7 +322,8 @@ class Implicit(nn.Module):
         """r_gamma of eq. 8: the last H states (B, Q, S) and a mini-batch -> the next states (1, B, Q, S)."""
         visible, N = None, x.shape[1]
         if self.training and self.causal:  # each query sees a random prefix of its own (fig. 6)
-            size = draw_size(self.carried, N, (*query_x.shape[:2], 1), x.device)
+            B, Q, _ = query_x.shape
+            size = own(draw_size(self.carried, N, (RANKS * B, Q, 1), x.device))
             visible = (torch.arange(N, device=x.device) < size)[:, None]  # (B, 1, Q, N)
         elif self.training:  # one random size a step for the whole batch (sec. 11.4)
             n = int(draw_size(self.carried, N, ()))
@@ -343,6 +346,56 @@ class Implicit(nn.Module):
 REGIMES = {"parametric": Parametric, "explicit": Explicit, "implicit": Implicit}
 
 
+# ---------------------------------------------------------------- several ranks
+#
+# Under torchrun every rank draws the random numbers of all tasks and keeps those of its own share: all generators stay in
+# step, and N ranks make the optimizer steps that one would make. Rank 0 alone writes and evaluates.
+
+RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def join(words=()):
+    """The ranks meet when rank 0 is ready to train: alone, it checks the flags and downloads the data. The others print nothing."""
+    if {word.partition("=")[0] for word in words} & {"--eval", "--plot-only"}:
+        sys.exit()  # nothing to train
+    if RANK:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sys.stdout = open(os.devnull, "w")
+    if RANKS > 1:  # signals are agreed on between CPUs, without waiting for a GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def own(x, dim=0):
+    """This rank's share of what was drawn for all tasks."""
+    return x.chunk(RANKS, dim)[RANK]
+
+
+def share(task):
+    return Task(own(task.context_x, 1), own(task.context_y, 1), own(task.query_x), own(task.query_y))
+
+
+def all_reduce(x, kind="SUM"):
+    if RANKS > 1:
+        try:
+            dist.all_reduce(x, getattr(dist.ReduceOp, kind))
+        except RuntimeError as error:
+            fail(f"another rank died ({str(error).partition(chr(10))[0]}); the last checkpoint is kept: go on with --resume DIR", 1)
+    return x
+
+
+def average(x):
+    """The mean of x over ranks. Its gradient is that of this rank's x alone: `average_gradients` will average that, too."""
+    mean = all_reduce(x.detach() / RANKS)
+    return x + (mean - x).detach() if x.requires_grad else mean
+
+
+def average_gradients(model):
+    """In place of the gradients of this rank's tasks, those of all tasks: one message."""
+    if RANKS > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        nn.utils.vector_to_parameters(average(nn.utils.parameters_to_vector(gradients)), gradients)
+
+
 # ---------------------------------------------------------------- flags
 
 
@@ -352,6 +405,16 @@ def fail(message, code=2):
         bar.close()  # or it would draw itself once more, below the line
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def run(main):
+    """What a script does when it is started; a reader that has seen enough (`| head -1`) ends it without a traceback."""
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it exits
+        sys.exit(1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -452,6 +515,8 @@ def parse_args(parser, presets, argv=None):
     """
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
     argv, script = sys.argv[1:] if argv is None else argv, parser.prog.removesuffix(".py")
+    if RANK:
+        join(argv)
     unset = argparse.Namespace(**{action.dest: None for action in parser._actions})
     given = {flag: value for flag, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
     if "plot_only" in given and len(given) > 1:
@@ -499,6 +564,8 @@ def check(args, given):
         fail(f"--signal {args.signal} needs task parameters to take the gradient of; --regime implicit has none (use --signal data)")
     if args.width % args.heads:
         fail(f"--width {args.width} is not divisible by --heads {args.heads}")
+    if args.tasks % RANKS:
+        fail(f"--tasks {args.tasks} is not divisible by the {RANKS} ranks that share them")
     if args.state != "logits" and args.regime != "implicit":
         fail(f"--state {args.state} is for --regime implicit; the state of --regime {args.regime} is given by the regime")
     if args.latent_tokens > 1 and (args.regime != "explicit" or args.mask != "none"):
@@ -517,7 +584,9 @@ def check(args, given):
 def pick_device(device, dtype):
     """-> device, dtype (as text) and the reason for the dtype."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and RANKS == 1 else "cpu"
+    if device == "cuda" and RANKS > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         kind = torch.zeros(1, device=device).device.type
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -549,7 +618,7 @@ def check_out(args):
     """Refuses a folder that cannot be written or that holds another run; makes nothing yet."""
     if args.eval and os.path.realpath(args.out) == os.path.realpath(os.path.dirname(args.eval) or "."):
         fail(f"--out {args.out} is the run that --eval reads: give another folder")
-    if not (args.resume or args.overwrite) and any(os.path.exists(os.path.join(args.out, f)) for f in RUN_FILES):
+    if not (args.resume or args.overwrite or RANK) and any(os.path.exists(os.path.join(args.out, f)) for f in RUN_FILES):
         fail(f"{args.out} already holds a run: --resume {args.out} to go on, --overwrite to replace it, or another --out")
     existing = os.path.abspath(args.out)
     while not os.path.lexists(existing):
@@ -661,7 +730,7 @@ class Journal:
 
     def __init__(self, model, optimizer, args):
         self.model, self.optimizer, self.args = model, optimizer, args
-        self.iteration, self.seconds, self.pending, self.stop = 0, 0.0, [], None  # stop: the signal that came, if any
+        self.iteration, self.seconds, self.pending, self.stop = 0, 0.0, [], 0  # stop: the signal that came, if any
         self.path, self.log_path = (os.path.join(args.out, f) for f in ("checkpoint.pt", "log.jsonl"))
         if args.checkpoint:
             try:
@@ -670,6 +739,9 @@ class Journal:
                 self.pending = [row.to(args.device) for row in args.checkpoint["pending"]]
             except (ValueError, KeyError, AttributeError, TypeError):
                 fail(f"{self.path} is damaged: its optimizer state does not fit")
+        if RANK:
+            return
+        if args.checkpoint:
             rows = [json.dumps(row) + "\n" for row in read_log(args.out) if row["iteration"] <= self.iteration]
             replace_file(self.log_path, lambda path: write_text(path, "".join(rows)))
             return
@@ -684,9 +756,13 @@ class Journal:
 
     def __iter__(self):
         previous = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        if not RANK:
+            join()
+        all_reduce(torch.zeros(1))  # the others have loaded their data, too, before the clock starts
         start, saved, before = time.time(), time.time(), self.seconds
-        self.bar = tqdm(total=self.args.iters, initial=self.iteration, unit="it", dynamic_ncols=True)
-        while self.iteration < self.args.iters and not self.stop:
+        self.bar = tqdm(total=self.args.iters, initial=self.iteration, unit="it", dynamic_ncols=True, disable=RANK > 0)
+        # A signal to one rank stops all of them after the same iteration.
+        while not (stop := int(all_reduce(torch.tensor(self.stop), "MAX"))) and self.iteration < self.args.iters:
             yield self.iteration
             self.iteration += 1
             self.seconds = before + time.time() - start
@@ -698,12 +774,17 @@ class Journal:
                 saved = time.time()
         self.save()
         self.bar.close()
+        if RANKS > 1:
+            dist.destroy_process_group()
         for number, handler in previous.items():
             signal.signal(number, handler)
-        if self.stop:
+        stop = stop or self.stop
+        if stop:
             print(f"stopped after {self.iteration} of {self.args.iters} iterations; go on with --resume {self.args.out}")
-        if self.stop == signal.SIGTERM:
+        if stop == signal.SIGTERM:
             sys.exit(128 + signal.SIGTERM)
+        if RANK:  # evaluation is for rank 0
+            sys.exit()
 
     def interrupt(self, number, _):
         if self.stop:
@@ -712,7 +793,7 @@ class Journal:
 
     def log(self, losses, metric):
         """losses: K tensors, one per refinement step; metric: a tensor. Fetched from the device only now and then."""
-        self.pending.append(torch.stack([*losses, metric]))
+        self.pending.append(average(torch.stack([*losses, metric])))
 
     def check_finite(self):
         """Ends the run before a bad loss or a bad weight can replace the last good checkpoint."""
@@ -728,6 +809,8 @@ class Journal:
         self.check_finite()
         *losses, metric = torch.stack(self.pending).mean(0).tolist()
         self.pending = []
+        if RANK:
+            return
         lr = self.optimizer.param_groups[0]["lr"]
         row = {"iteration": self.iteration, "loss": losses, "metric": metric, "lr": lr, "seconds": round(self.seconds, 2)}
         try:
@@ -737,6 +820,8 @@ class Journal:
         self.bar.set_postfix_str(f"loss {losses[-1]:.4f} metric {metric:.3g}")
 
     def save(self):
+        if RANK:
+            return
         self.check_finite()
         content = {
             "script": self.args.description["script"], "args": self.args.description["args"], "iteration": self.iteration,
@@ -792,7 +877,7 @@ def write_results(args, model, data, iterations, seconds, metrics, baselines):
     """Prints one line per evaluation and writes results.json."""
     results = args.description | {
         "data": data, "device": args.device, "machine": machine(args.device), "dtype": args.dtype,
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed,
+        "ranks": RANKS, "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed,
         "parameters": sum(p.numel() for p in model.parameters()), "iterations": iterations,
         "train_seconds": round(seconds, 1), "cpu_seconds": round(time.process_time(), 1),  # the latter of the whole process
         "metrics": metrics, "baselines": baselines,

@@ -62,7 +62,7 @@ def objective(prediction, y):
     would train the first alone. The log gives all the same say. It is maximum likelihood (sec. 8) under Gaussian noise
     whose variance is fitted for each prefix and step.
     """
-    return loss(prediction, y).mean((1, 2)).log().mean()
+    return common.average(loss(prediction, y).mean((1, 2))).log().mean()
 
 
 def make_metric(args):
@@ -87,12 +87,13 @@ def train(model, args):
     for iteration in journal:
         common.seed_all(common.TRAINING, args.seed, iteration)
         common.set_learning_rate(optimizer, iteration, args)
-        task = sample_tasks(args.tasks, args.steps, args)
+        task = common.share(sample_tasks(args.tasks, args.steps, args))
         losses = []
         for prediction in refine(model, task):  # (T, B, Q, 1)
             step_loss = objective(prediction, task.query_y)
             (step_loss / args.steps).backward()  # at once: memory does not grow with K
             losses.append(step_loss.detach())
+        common.average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -182,4 +183,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

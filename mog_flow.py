@@ -181,12 +181,13 @@ def train(model, args, sample=sample_densities):
     for iteration in journal:
         common.seed_all(common.TRAINING, args.seed, iteration)
         common.set_learning_rate(optimizer, iteration, args)
-        task = sample_tasks(sample(args.tasks, args), args.steps, args)
+        task = common.share(sample_tasks(sample(args.tasks, args), args.steps, args))
         losses = []
         for prediction in refine(model, task):  # (1, B, Q, d)
             step_loss = loss(prediction, task.query_y).mean()
             (step_loss / args.steps).backward()  # at once: memory does not grow with K
             losses.append(step_loss.detach())
+        common.average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -424,4 +425,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

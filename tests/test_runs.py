@@ -211,6 +211,12 @@ def test_plots_are_redrawn_from_the_json_alone(script, finished_copy):
     assert (folder / "error.png").read_bytes() != before["error.png"]
 
 
+def test_a_reader_that_has_seen_enough_is_no_traceback(finished_copy):
+    process = subprocess.Popen(python("linreg.py", "--plot-only", str(finished_copy("linreg"))), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `| head` does when it has its lines
+    assert process.stderr.read() == "" and process.wait(60) == 1
+
+
 # ---------------------------------------------------------------- losses that are no number
 
 
