@@ -128,12 +128,12 @@ def test_table_and_file_say_the_same(monkeypatch, capsys):
     assert (common.Journal, common.draw_size) == (journal, draw_size), "everything is as it was"
     assert os.listdir() == ["new"] and os.listdir("new") == ["b.json"], "no run was written"
     report, printed = json.load(open("new/b.json")), capsys.readouterr().out
-    assert report["machine"] in printed and f"threads {report['threads']}" in printed and report["dtype"] == "float32"
+    assert report["machine"] in printed and f"threads {report['threads']}" in printed and report["dtype"] in printed
     rows = {(row["script"], row["regime"]): row for row in report["rows"]}
     assert len(rows) == 3 and ("mog_flow", "implicit") in rows, "a flow has one regime"
     for (script, regime), row in rows.items():
         table, turns = row["table"], row["turns"]
-        assert all(math.isfinite(value) and value > 0 for value in table.values())
+        assert all(math.isfinite(value) and (value > 0 or key == "K^") for key, value in table.items())  # the slope is noise at toy size
         assert row["args"]["regime"] == regime and row["args"]["width"] == 8 and row["data"] in printed
         assert all(len(turn) == 3 for turn in turns.values()) and table["ms"] == sorted(turns["ms"])[1] and table["sampling"] < table["ms"]
         assert table["x stock"] == sorted(theirs / mine for mine, theirs in zip(turns["ms"], turns["stock"]))[1]
