@@ -20,7 +20,7 @@ SHIFTS = {family: shift for shift, families in toposort.FAMILIES.items() for fam
 
 def toposort_args(**changes):
     sizes = dict(nodes=6, context=12, steps=3, width=16, depth=2, heads=2, history=1, seed=0)
-    plain = dict(mechanism="both", carry="full", device="cpu", dtype="float32", compile=False, checkpoint=None)
+    plain = dict(mechanism="both", carry="full", attention="softmax", update="residual", device="cpu", dtype="float32", compile=False, checkpoint=None)
     return argparse.Namespace(**(sizes | plain | changes))
 
 
@@ -268,9 +268,10 @@ def test_one_step_is_the_model_without_a_state():
         first, scale = plain.cell[0], model.initial.item()
         first.bias += scale * first.weight[:, -1]
         first.weight[:, -1] = 0
-        assert torch.allclose(toposort.infer(model, x), toposort.infer(plain, x), atol=1e-5)
-        plain.initial.fill_(-123.0)
-        assert torch.allclose(toposort.infer(model, x), toposort.infer(plain, x), atol=1e-5)
+        expected = toposort.infer(model, x)
+        assert torch.allclose(expected, toposort.infer(plain, x), atol=1e-5)
+        plain.initial.fill_(-3.0)
+        assert torch.allclose(expected, toposort.infer(plain, x) + scale + 3, atol=1e-5), "the state is only added to"
 
 
 def test_the_state_matters_and_no_gradient_passes_through_it():
