@@ -127,6 +127,48 @@ def special():
     return table(["special case", "flags of `linreg.py` and `mnist.py`", "steps", "linear regression", "MNIST, error %"], rows)
 
 
+def scaling():
+    """Error far past the training length, at mini-batches of one size; the oracle has all that was seen."""
+    steps, rows, oracle = (1, 5, 10, 20, 50), [], None
+    for name in ("linreg", "linreg-explicit", "linreg-implicit"):
+        results = read(f"scaling-{name}")
+        if results:
+            rows.append([command(results), *(at(results["metrics"]["id"], k, 3) for k in steps)])
+            oracle = results["baselines"]["id"]["ridge, all seen"]
+    if oracle:
+        rows.append(["*ridge, all seen*", *(at(oracle, k, 3) for k in steps)])
+    return table(["squared error after", *steps], rows or [[NOT_RUN]])
+
+
+def race():
+    """Rivals of the parametric regime on the same tasks, where each ends, and the model when it is as good."""
+    results = load("race-linreg")
+    if not results:
+        return table(["`python linreg.py --baseline adam,sgd,lbfgs,maml`"], [[NOT_RUN]])
+    rows = []
+    for name, row in results["rows"].items():
+        end = row["end"]
+        ratio = "" if "faster" not in row else "never as good" if row["faster"] is None else f"{row['faster']:.2g} ×"
+        rows.append([name, f"{row['mean'][end]:.3f} ± {row['stderr'][end]:.3f}", f"{1000 * row['seconds'][end]:.1f}", row["observations"][end], ratio])
+    head = f"{command(results)}: {results['machine']}, {results['threads']} thread(s), {results['dtype']}, {results['batch']} tasks at once, seed {results['seed']}."
+    return head + "\n\n" + table(["", results["metric"], "ms", "observations seen", "this model gets there sooner by"], rows)
+
+
+def cost():
+    """K steps on N observations each beside one step on K N."""
+    text = []
+    for name in ("cost-linreg", "cost-mnist"):
+        found = load(name)
+        if not found:
+            text.append(table([f"`python bench.py --cost` ({name[5:]})"], [[NOT_RUN]]))
+            continue
+        c = found["cost"]
+        rows = [[label, key, *(f"{v:.3g}" for v in c[form][field]), f"K^{c[form][key + '^']:.2f}" if key != c["metric"] else ""]
+                for key, field in (("ms", "ms"), ("MB", "MB"), (c["metric"], "mean")) for form, label in (("steps", "K steps"), ("one", "one step"))]  # fmt: skip
+        text.append(f"`{found['command']}`: {c['data']}, {c['args']['regime']}, {found['machine']}, {found['dtype']}.\n\n" + table(["", "", *(f"K = {k}" for k in c["steps"]["steps"]), "from K = 8"], rows))
+    return "\n\n".join(text)
+
+
 def ablations():
     """Short runs, three seeds; the difference from the first row of a group against its standard error."""
     found, rows = load("ablations"), []
@@ -230,7 +272,7 @@ def sampler():
     return f"\n\nCausal graphs, a data set of 320 rows, `{results['command']}`: {rows} than a plain numpy loop; both in equal parts, as in training: {loop / ours:.1f} times."
 
 
-TABLES = {"bench": bench, "quick": quick, "linreg": linreg, "special": special, "mnist": mnist, "fmnist": fmnist, "imagenet": imagenet, "flow": flow, "toposort": toposort, "ablations": ablations}
+TABLES = {"bench": bench, "quick": quick, "linreg": linreg, "special": special, "mnist": mnist, "fmnist": fmnist, "imagenet": imagenet, "flow": flow, "toposort": toposort, "ablations": ablations, "scaling": scaling, "race": race, "cost": cost}
 
 
 def fill(text):
