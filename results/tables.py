@@ -94,9 +94,8 @@ def quick():
 def linreg():
     """Squared error, its multiple of the oracle, and the paper at 5 steps (tables 2, 3 and 4)."""
     files = {
-        "linreg": ("", 0.5), "linreg-grad": ("--signal grad", 4.1), "linreg-both": ("--signal both", 0.6), "linreg-linear": ("--decoder linear", 0.5), "linreg-softmax": ("--attention softmax", 0.5),
-        "linreg-explicit": ("--regime explicit", 2.6), "linreg-explicit-linear": ("--regime explicit --decoder linear", 2.6), "linreg-explicit-softmax": ("--regime explicit --attention softmax", 2.6),
-        "linreg-implicit": ("--regime implicit", 6.2), "linreg-implicit-softmax": ("--regime implicit --attention softmax", 6.2),
+        "linreg": ("", 0.5), "linreg-explicit": ("--regime explicit", 2.6), "linreg-implicit": ("--regime implicit", 6.2),
+        "linreg-softmax": ("--attention softmax", 0.5), "linreg-implicit-softmax": ("--regime implicit --attention softmax", 6.2),
     }  # fmt: skip
     rows, oracle = [], None
     for name, (flags, paper) in files.items():
