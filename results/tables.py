@@ -34,7 +34,7 @@ def read(name):
         over_seeds = [stdev(step) / len(found) ** 0.5 for step in zip(*(s["mean"] for s in seeds))]
         m["stderr"] = [math.hypot(mean(tasks), own) for tasks, own in zip(zip(*(s["stderr"] for s in seeds)), over_seeds)]
         m["mean"] = [mean(step) for step in zip(*(s["mean"] for s in seeds))]
-    return found[0] | {"seeds": len(found), "train_seconds": mean(r["train_seconds"] for r in found)}
+    return found[0] | {"seeds": len(found), "cpu_seconds": mean(r.get("cpu_seconds", r["train_seconds"]) for r in found)}
 
 
 def at(row, step, digits=1, key=None):
@@ -56,7 +56,8 @@ def table(head, rows):
 
 
 def minutes(results):
-    return f"{results['train_seconds'] / 60:.1f}"
+    """Of the processor, for all of the run; older files have those of training by the clock."""
+    return f"{results.get('cpu_seconds', results['train_seconds']) / 60:.1f}"
 
 
 def command(results):
