@@ -96,7 +96,6 @@ def linreg():
     """Squared error, its multiple of the oracle, and the paper at 5 steps (tables 2, 3 and 4)."""
     files = {
         "linreg": ("", 0.5), "linreg-explicit": ("--regime explicit", 2.6), "linreg-implicit": ("--regime implicit", 6.2),
-        "linreg-softmax": ("--attention softmax", 0.5), "linreg-implicit-softmax": ("--regime implicit --attention softmax", 6.2),
     }  # fmt: skip
     rows, oracle = [], None
     for name, (flags, paper) in files.items():
