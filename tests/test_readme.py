@@ -40,6 +40,7 @@ def test_a_result_names_the_command_the_data_and_the_machine_it_is_from(name):
 def test_commands_are_understood(script, flags, monkeypatch):
     if script in ("bench", "tables") or "--extract" in flags or re.search(r"(DIR|FILE|--help)\b", flags):
         pytest.skip("no training run")
+    flags = re.sub(r"--eval \S+", "", flags)  # of a checkpoint that a test does not have
     importlib.import_module(script).get_args(shlex.split(flags) + ["--device", "cpu"])
 
 
