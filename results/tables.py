@@ -164,7 +164,7 @@ def cost():
         c = found["cost"]
         rows = [[label, key, *(f"{v:.3g}" for v in c[form][field]), f"K^{c[form][key + '^']:.2f}" if key != c["metric"] else ""]
                 for key, field in (("ms", "ms"), ("MB", "MB"), (c["metric"], "mean")) for form, label in (("steps", "K steps"), ("one", "one step"))]  # fmt: skip
-        text.append(f"`{found['command']}`: {c['data']}, {c['args']['regime']}, {found['machine']}, {found['dtype']}.\n\n" + table(["", "", *(f"K = {k}" for k in c["steps"]["steps"]), "from K = 8"], rows))
+        text.append(f"{command(found)}: {c['data']}, {c['args']['regime']}, {found['machine']}, {found['dtype']}.\n\n" + table(["", "", *(f"K = {k}" for k in c["steps"]["steps"]), "from K = 8"], rows))
     return "\n\n".join(text)
 
 
