@@ -572,7 +572,7 @@ def check(args, given):
         fail("--latent-tokens above 1 needs --regime explicit --mask none (a causal mask reads the latent at every observation)")
     if "decoder" in given and args.regime == "implicit":
         fail("--decoder is for the updates of --regime parametric and explicit; implicit states are decoded as predictions")
-    if args.update == "direct" and args.regime != "implicit" and args.decoder == "span":
+    if given.get("update") == "direct" and args.regime != "implicit" and args.decoder == "span":
         fail("--update direct needs --decoder linear; in the span of the data there are changes only")
     for flag in ("latent", "hidden"):
         if flag in given and args.regime != "explicit":
@@ -784,7 +784,7 @@ class Journal:
         if stop == signal.SIGTERM:
             sys.exit(128 + signal.SIGTERM)
         if RANK:  # evaluation is for rank 0
-            sys.exit()
+            os._exit(0)  # at once: with an orderly exit gloo's threads now and then ended in an abort
 
     def interrupt(self, number, _):
         if self.stop:
