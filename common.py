@@ -889,6 +889,9 @@ def write_results(args, model, data, iterations, seconds, metrics, baselines):
             note = " (past training)" if step > args.steps else ""
             print(f"{split} {m['data']} step {step}: {m['name']} {mean:.3f} +- {stderr:.3f}{note}" + (f" | {beside}" if beside else ""))
     os.makedirs(args.out, exist_ok=True)
+    for name in ("race.json", "race.png"):  # of earlier results
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(args.out, name))
     replace_file(os.path.join(args.out, "results.json"), lambda path: write_text(path, json.dumps(results, indent=1)))
 
 

@@ -401,9 +401,9 @@ def test_the_untrained_explicit_predictor_is_linear_and_a_change_at_one_output_m
 
 @pytest.mark.parametrize("regime", ("parametric", "explicit", "implicit"))
 def test_the_output_is_a_change_of_the_state_or_the_next_state(task, regime):
-    """The same weights either way: what the two return differs by the state."""
-    x, y, past = task.context_x[0], task.context_y[0], past_states(make(regime), task)
-    residual, direct = (make(regime, update=update).eval().update(past, x, y, task.query_x) for update in ("residual", "direct"))
+    """The same weights either way: what the two return differs by the newest state."""
+    x, y, past = task.context_x[0], task.context_y[0], past_states(make(regime, history=3), task)
+    residual, direct = (make(regime, update=update, history=3).eval().update(past, x, y, task.query_x) for update in ("residual", "direct"))
     close(residual, past[-1] + direct)
 
 

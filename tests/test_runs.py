@@ -271,3 +271,12 @@ def test_a_learning_rate_beyond_reason_stops_the_run(capsys):
     assert "iteration" in stops(capsys, "--iters 20 --lr 1e30 --out run")
     kept = torch.load("run/checkpoint.pt", weights_only=True) if os.path.exists("run/checkpoint.pt") else {"model": {}}
     assert finite(kept)
+
+
+def test_new_results_drop_the_race_of_earlier_ones(finished_copy):
+    run = finished_copy("linreg")
+    for _ in range(2):
+        call("linreg", "--eval", run / "checkpoint.pt", "--out new --overwrite", tiny=False)
+        assert sorted(os.listdir("new")) == ["error.png", "results.json"]
+        for name in ("race.json", "race.png"):
+            open(os.path.join("new", name), "w").write("old")
