@@ -65,9 +65,19 @@ def draw_size(carry, N, shape, device="cpu"):
 
 def softmax_attention(q, k, v, visible=None, causal=False):
     """softmax(q . k) v over the visible tokens; q (B, heads, S, C), k and v (B, heads, N, C), visible a boolean mask or None."""
-    if q.device.type == "cpu":  # whose kernel is many times slower in bfloat16, backwards
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose kernel is many times slower than in float32, backwards
+        if k.shape[-2] <= 256:  # two products beat either while their maps fit into the cache
+            scores = (q * q.shape[-1] ** -0.5 @ k.mT).float()
+            if (visible := prefixes(scores) if causal else visible) is not None:
+                scores = scores.masked_fill(~visible, -torch.inf)
+            return scores.softmax(-1).to(v.dtype) @ v
         q, k, v = q.float(), k.float(), v.float()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
+
+
+def prefixes(scores):
+    """The causal mask of scores (..., S, N): token i sees tokens up to i."""
+    return torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
 
 
 def linear_attention(q, k, v, visible=None, causal=False):
@@ -77,11 +87,11 @@ def linear_attention(q, k, v, visible=None, causal=False):
     problem (von Oswald et al., 2023). Softmax attention averages: right for classes, slow to learn for regression.
     """
     q = q * q.shape[-1] ** -0.5
-    if causal:
-        visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    if visible is None:
+    if visible is None and not causal:
         return q @ (k.mT @ v / k.shape[-2])  # the sums over tokens first: time and memory are linear in N
-    return (q @ k.mT * visible) @ v / visible.sum(-1, keepdim=True)
+    scores = q @ k.mT
+    visible = prefixes(scores) if causal else visible
+    return (scores * visible) @ v / visible.sum(-1, keepdim=True)
 
 
 class Block(nn.Module):

@@ -233,6 +233,19 @@ def test_context_and_queries_equal_pytorchs_encoder_under_one_joint_mask(causal)
     close(ours.read(queries, ours.encode(context, causal), visible[:, None]), ours.norm(x[:, N:]), 1e-4)
 
 
+@pytest.mark.parametrize("N", (5, 256, 257))  # up to 256 by plain products
+def test_attention_in_bfloat16_is_that_of_float32(N):
+    q, k, v = (torch.randn(2, 2, N, 8, requires_grad=True) for _ in range(3))
+    some = torch.rand(2, 1, N, N) < 0.5
+    some[..., 0] = True
+    for visible, causal in ((None, False), (None, True), (some, False)):
+        exact = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
+        found = common.softmax_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), visible, causal)
+        close(found.float(), exact, 0.05)
+        for ours, theirs in zip(torch.autograd.grad(found.float().square().sum(), (q, k, v)), torch.autograd.grad(exact.square().sum(), (q, k, v))):
+            assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
 def test_linear_attention_equals_a_loop_over_tokens_and_what_they_see():
     q, k, v = torch.randn(B, 2, 5, 4), torch.randn(B, 2, 5, 4), torch.randn(B, 2, 5, 4)
     some = torch.rand(B, 1, 5, 5) < 0.6
