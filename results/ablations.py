@@ -1,11 +1,17 @@
-"""One change at a time, three seeds each, in short runs: python results/ablations.py
+"""One change at a time, three seeds each, in short runs: python results/ablations.py [GROUP ...]
 
 Runs whatever out/ablations does not hold yet (an hour on one core; it may be stopped and started again), then
-writes ablations.json and ablations.png beside this script. `--list` only prints the commands.
+writes ablations.json and ablations.png beside this script. Groups that are named are run alone, and take the place of those
+in ablations.json. `--list` only prints the commands.
+
+A change is a few flags, or, for the README's exercises, an edit of the code, which is made in a copy under out/ablations.
 """
 
 import json
+import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +19,48 @@ from statistics import mean, stdev
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+OUT = ROOT / "out" / "ablations"
 SEEDS = (0, 1, 2)
 LINREG = "linreg.py --dim 8 --context 15 --iters 500"
 MNIST = "mnist.py --dim 50 --iters 300"
 
-# What is varied -> the command of all, and each variant's flags. The first variant is the one that the others are held against.
+# The edits of the README's exercises: (file, what stands there, what is put in its place).
+EDITS = {
+    "two-steps": [
+        ("common.py", "for x, y in zip(task.context_x, task.context_y):", "for i, (x, y) in enumerate(zip(task.context_x, task.context_y)):"),
+        ("common.py", "past = [state.detach() for state in", "past = [state.detach() if i % 2 else state for state in"),
+        ("linreg.py", ".backward()", ".backward(retain_graph=True)"),  # the second loss passes the first one's graph again
+    ],
+    "step-0": [
+        ("linreg.py", "        losses = []\n", """        losses = []
+        untouched = model.predict(model.initial_state(task.query_x)[None], task.query_x)
+        (objective(untouched, task.query_y) / args.steps).backward()
+"""),
+    ],
+    "own-weights": [
+        ("linreg.py", "import torch\n", "import copy\n\nimport torch\n"),
+        ("linreg.py", "    return common.place(common.REGIMES[args.regime](args, args.dim, 1, loss, **extra), args)", """    model = common.REGIMES[args.regime](args, args.dim, 1, loss, **extra)
+    model.later = nn.ModuleList(copy.deepcopy(model) for _ in range(args.steps - 1))
+    for step in model.later:
+        step.transformer.dtype = getattr(torch, args.dtype)
+    return common.place(model, args)"""),
+        ("common.py", "for x, y in zip(task.context_x, task.context_y):", "for i, (x, y) in enumerate(zip(task.context_x, task.context_y)):"),
+        ("common.py", "states = model.update(", "states = [model, *model.later][min(i, len(model.later))].update("),
+    ],
+    "unit-gradients": [("common.py", "return torch.autograd.grad(losses.sum(), copies)[0]", "return F.normalize(torch.autograd.grad(losses.sum(), copies)[0], dim=-1)")],
+    "concatenated": [
+        ("common.py", "self.input = nn.Linear(x_dim, hidden)", "self.input = nn.Linear(x_dim + latent, hidden)"),
+        ("common.py", "self.output = nn.Linear(latent, (hidden + 1) * y_dim)", "self.output = nn.Linear(hidden, y_dim)"),
+        ("common.py", "        h = self.input(x)  # (..., Q, hidden)\n", """        shape = torch.broadcast_shapes(z.shape[:-1], x.shape[:-2]) + (x.shape[-2], -1)
+        h = self.input(torch.cat([x.expand(shape), z[..., None, :].expand(shape)], -1))
+"""),
+        ("common.py", "        w = self.output(z).unflatten(-1, (h.shape[-1] + 1, -1))  # (..., hidden + 1, Y)\n", ""),
+        ("common.py", "return (h @ w[..., :-1, :] + w[..., -1:, :]) * h.shape[-1] ** -0.5", "return self.output(h)"),
+    ],
+    "loud-bias": [("mnist.py", "w[..., :dim, :]) + w[..., dim:, :]) * dim**-0.5", "w[..., :dim, :]) * dim**-0.5 + w[..., dim:, :])")],
+}  # fmt: skip
+
+# What is varied -> the command of all, and each variant's flags or edit. The first variant is the one that the others are held against.
 GROUPS = {
     "signal (parametric)": (LINREG, {"data": "", "grad": "--signal grad", "both": "--signal both"}),
     "history (parametric, signal grad)": (LINREG + " --signal grad", {"1": "", "3": "--history 3", "5": "--history 5"}),
@@ -39,33 +82,57 @@ GROUPS = {
     "dtype (parametric)": (LINREG, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: dtype (implicit)": (MNIST, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: state (implicit)": (MNIST, {"logits": "", "softmax": "--state softmax", "latent": "--state latent"}),
+    "exercise 1: steps in training (parametric)": (LINREG, {"5": "", "1": "--steps 1 --eval-steps 10"}),
+    "exercise 5: detached (parametric)": (LINREG, {"every step": "", "every other step": "two-steps"}),
+    "exercise 6: a loss before any data (parametric)": (LINREG, {"no": "", "yes": "step-0"}),
+    "exercise 7: weights (parametric)": (LINREG, {"shared": "", "own for each step": "own-weights"}),
+    "exercise 8: gradient tokens (parametric, signal grad)": (LINREG + " --signal grad", {"as they are": "", "unit length": "unit-gradients"}),
+    "exercise 9: latent (explicit)": (LINREG + " --regime explicit", {"makes the last layer": "", "beside x": "concatenated"}),
+    "MNIST, exercise 10: bias (parametric)": (MNIST + " --regime parametric", {"one more feature": "", "√dim times that": "loud-bias"}),
 }
 
 
-def command(base, flags, seed):
-    """-> what to run, and the folder that it writes to."""
-    words = [*base.split(), *flags.split(), "--seed", str(seed)]
-    return words, ROOT / "out" / "ablations" / "-".join(words).replace(".py", "").replace("---", "-").replace("--", "-")
+def command(base, change, seed):
+    """-> what to run, and the folder that it writes to. `change` is flags, or the edits of an exercise."""
+    words = [*base.split(), *(() if change in EDITS else change.split()), "--seed", str(seed)]
+    name = "-".join([*words, change] if change in EDITS else words)
+    return words, OUT / re.sub("-+", "-", name.replace(".py", ""))
 
 
-def run(words, folder):
+def edited(change):
+    """-> a folder with a copy of the scripts, edited; each edit must fit exactly one place."""
+    folder = OUT / f"code-{change}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    for name, old, new in EDITS[change]:
+        text = (folder / name).read_text()
+        if text.count(old) != 1:
+            sys.exit(f"error: {name} has {text.count(old)} times, not once: {old.strip()}")
+        (folder / name).write_text(text.replace(old, new))
+    return folder
+
+
+def run(words, folder, change):
     """-> the results of a finished run; starts it, or goes on with it, where there is none."""
     file = folder / "results.json"
     if not file.exists():
         where = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else ["--out", str(folder)]
-        done = subprocess.run([sys.executable, *words, *where], cwd=ROOT, stdout=subprocess.DEVNULL)
+        env = {"IAI_DATA": str(ROOT / "data"), **os.environ}  # a copy finds the same data
+        done = subprocess.run([sys.executable, *words, *where], cwd=edited(change) if change in EDITS else ROOT, env=env, stdout=subprocess.DEVNULL)
         if done.returncode or not file.exists():
             sys.exit(f"error: python {shlex.join(words)} ended with code {done.returncode}")
     return json.loads(file.read_text())
 
 
-def summarize(base, flags):
+def summarize(base, change):
     """Mean over seeds at each step, and its standard error; the evaluation tasks are the same for all seeds."""
-    found = [run(*command(base, flags, seed)) for seed in SEEDS]
+    found = [run(*command(base, change, seed), change) for seed in SEEDS]
     metric = [r["metrics"]["id"] for r in found]
     seeds = [m["mean"] for m in metric]  # (seeds, steps)
+    what = f"python {base}, edited" if change in EDITS else f"python {base} {change}".strip()
     return {
-        "command": " ".join(["python", base, flags]).strip(), "data": metric[0]["data"], "name": metric[0]["name"], "steps": metric[0]["steps"], "trained": found[0]["args"]["steps"],
+        "command": what, "data": metric[0]["data"], "name": metric[0]["name"], "steps": metric[0]["steps"], "trained": found[0]["args"]["steps"],
         "seeds": seeds, "mean": [mean(step) for step in zip(*seeds)], "stderr": [stdev(step) / len(SEEDS) ** 0.5 for step in zip(*seeds)],
         "tasks": metric[0]["tasks"], "cpu_seconds": [r["cpu_seconds"] for r in found], "machine": found[0]["machine"], "torch": found[0]["torch"],
     }  # fmt: skip
@@ -84,7 +151,7 @@ def plot(rows, path):
     for ax, (group, variants) in zip(axes.flat, rows.items()):
         for color, marker, (label, row) in zip(colors, "osD", variants.items()):
             ax.errorbar(row["steps"][1:], row["mean"][1:], row["stderr"][1:], fmt=f"{marker}-", color=color, ms=4, lw=1.5, capsize=2, label=label)
-        ax.axvline(row["trained"], color="0.7", lw=1, zorder=0)
+        ax.axvline(next(iter(variants.values()))["trained"], color="0.7", lw=1, zorder=0)
         ax.set_title(group, fontsize=10)
         ax.set_ylabel(row["name"], fontsize=9)
         if row["name"] != "error %":
@@ -101,17 +168,21 @@ def plot(rows, path):
 
 
 def main():
-    if sys.argv[1:] == ["--list"]:
-        for words, _ in dict.fromkeys((tuple(c), str(f)) for base, variants in GROUPS.values() for flags in variants.values() for c, f in (command(base, flags, s) for s in SEEDS)):
+    names = sys.argv[1:]
+    if names == ["--list"]:
+        for words, _ in dict.fromkeys((tuple(c), str(f)) for base, variants in GROUPS.values() for change in variants.values() for c, f in (command(base, change, s) for s in SEEDS)):
             print(shlex.join(["python", *words]))
         return
-    if sys.argv[1:]:
-        sys.exit(f"error: ablations.py takes --list or nothing, not {shlex.join(sys.argv[1:])}")
-    rows = {}
-    for group, (base, variants) in GROUPS.items():
-        rows[group] = {label: summarize(base, flags) for label, flags in variants.items()}
-        print(group, "; ".join(f"{label} {row['mean'][row['trained']]:.3f} +- {row['stderr'][row['trained']]:.3f}" for label, row in rows[group].items()), flush=True)
-    (HERE / "ablations.json").write_text(json.dumps(rows, indent=1))
+    if wrong := [name for name in names if name not in GROUPS]:
+        sys.exit(f"error: {wrong[0]!r} is neither --list nor one of: " + "; ".join(GROUPS))
+    file = HERE / "ablations.json"
+    rows = json.loads(file.read_text()) if names else {}
+    for group in names or GROUPS:
+        base, variants = GROUPS[group]
+        rows[group] = {label: summarize(base, change) for label, change in variants.items()}
+        print(group, "; ".join(f"{label} {row['mean'][5]:.3f} +- {row['stderr'][5]:.3f}" for label, row in rows[group].items()), flush=True)
+    rows = {group: rows[group] for group in GROUPS if group in rows}
+    file.write_text(json.dumps(rows, indent=1))
     plot(rows, HERE / "ablations.png")
 
 

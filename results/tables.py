@@ -174,7 +174,7 @@ def ablations():
     for group, variants in (found or {}).items():
         first = next(iter(variants.values()))
         for label, row in variants.items():
-            K, last = row["trained"], row["steps"][-1]
+            K, last = first["trained"], row["steps"][-1]
             digits = 1 if row["name"] == "error %" else 3
             difference, noise = (row["mean"][K] - first["mean"][K], math.hypot(row["stderr"][K], first["stderr"][K]))
             verdict = "" if row is first else "tie" if abs(difference) <= 2 * noise else "better" if difference < 0 else "worse"

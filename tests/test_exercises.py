@@ -1,0 +1,29 @@
+"""The README's exercises: their edits still fit the code, and the edited code still runs."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+spec = importlib.util.spec_from_file_location("ablations", os.path.join(os.path.dirname(__file__), "..", "results", "ablations.py"))
+ablations = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ablations)
+
+
+@pytest.mark.parametrize("change", ablations.EDITS)
+def test_an_exercise_runs(change, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "OUT", tmp_path)
+    (base,) = (base for base, variants in ablations.GROUPS.values() if change in variants.values())
+    tiny = ["--iters=2", "--tasks=2", "--width=8", "--depth=1", "--heads=1", "--eval-tasks=2", "--steps=3", *(["--dataset=glyphs"] if "mnist" in base else [])]
+    words = [*base.split(), *tiny]
+    done = subprocess.run([sys.executable, *words], cwd=ablations.edited(change), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_edit_that_no_longer_fits_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "OUT", tmp_path)
+    monkeypatch.setitem(ablations.EDITS, "late", [("linreg.py", "what is not there", "")])
+    with pytest.raises(SystemExit, match="linreg.py has 0 times, not once: what is not there"):
+        ablations.edited("late")
