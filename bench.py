@@ -19,6 +19,8 @@ is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no 
     x stock     stock / ms, turn by turn; the median: how many times faster this code is
     x FLOP      products of stock / ours, for the same answers: this much of `x stock` is work that is not done
     x MB        MB of stock / ours
+    x sum       ms on whole mini-batches / the sum of a step's parts, each measured alone: linear layers, attention, norms, GELU, what the
+                regime does around them, sampling, AdamW; the rest is Python and small operations, and what shares the machine
     K^          slope of log ms against log K for K = 1 ... 10: 1 is linear
     MB 10/1     MB with K = 10 over MB with K = 1
 
@@ -248,6 +250,57 @@ def peak_memory(train, model, args):
     return (peak + sum(p.numel() * p.element_size() for p in model.parameters())) / 1e6
 
 
+def measure_parts(train, model, args):
+    """-> {part: milliseconds of a step}, each alone: the calls of two steps on whole mini-batches, recorded, and replayed forward and backward."""
+    calls, inside = {}, []
+
+    def record(part, owner, name):
+        call = getattr(owner, name)
+
+        def recorded(*given):
+            if inside:  # of a part already
+                return call(*given)
+            inputs = [x.detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in given]
+            calls.setdefault(part, []).append((call, inputs, torch.is_autocast_enabled(device)))
+            inside.append(part)
+            try:
+                return call(*given)
+            finally:
+                inside.pop()
+
+        return mock.patch.object(owner, name, recorded)
+
+    def replay(part):
+        for call, inputs, autocast in calls[part]:
+            with torch.autocast(device, model.transformer.dtype, enabled=autocast):
+                out = call(*inputs)
+            if out.requires_grad:
+                torch.autograd.backward(out, torch.ones_like(out))
+
+    device = torch.device(args.device).type
+    kinds = {nn.Linear: "linear layers", nn.LayerNorm: "norms", nn.GELU: "GELU"}
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if type(module) in kinds:
+                stack.enter_context(record(kinds[type(module)], module, "forward"))
+        for block in model.transformer.blocks:
+            stack.enter_context(record("attention", block, "attend"))
+        for name in ("predict", "gradients", "residuals", "pull_back"):
+            if hasattr(model, name):
+                stack.enter_context(record("the regime", model, name))
+        stack.enter_context(whole_batches())
+        args.iters = 1  # and the one before the clock starts
+        train(model)
+    optimizer = common.make_optimizer(model, args)
+
+    def update():
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    found = {part: median(milliseconds(functools.partial(replay, part), 1, args.device) for _ in range(5)) / 2 for part in calls}
+    return found | {"AdamW": median(milliseconds(update, 1, args.device) for _ in range(5))}
+
+
 def measure(script, args, repeats):
     """-> what is written about one script and regime; "table" is its row of the table."""
     name, ours, train, sample = load(script, args)
@@ -262,7 +315,7 @@ def measure(script, args, repeats):
         return 1000 * train(model)[1]
 
     iters = min(MOST, max(2, round(1000 * TURN / run(ours, K, 1))))
-    turns, by_k = {key: [] for key in ("ms", "stock", "sampling", "peak", "width")}, {k: [] for k in KS}
+    turns, by_k = {key: [] for key in ("ms", "whole", "stock", "sampling", "peak", "width")}, {k: [] for k in KS}
     for _ in range(repeats):
         turns["ms"].append(run(ours, K, iters))
         turns["stock"].append(run(stock, K, iters))
@@ -270,6 +323,7 @@ def measure(script, args, repeats):
         turns["peak"].append(product_speed(args, side, side, side))
         turns["width"].append(product_speed(args, tokens, args.width, 2 * args.width))
         with whole_batches():
+            turns["whole"].append(run(ours, K, iters))
             for k in KS:
                 by_k[k].append(run(ours, k, max(1, round(iters * K / k / 3))))
     args.steps, args.iters = K, iters
@@ -278,16 +332,18 @@ def measure(script, args, repeats):
     k_ms, k_mb = [median(by_k[k]) for k in KS], []
     for args.steps in KS:
         k_mb.append(peak_memory(train, ours, args))
+    args.steps = K
+    parts = measure_parts(train, ours, args) | {"sampling": median(turns["sampling"])}
     ms = median(turns["ms"])
     speed = 1e-6 * flop / ms
     table = {
         "ms": ms, "sampling": median(turns["sampling"]), "tasks/s": 1000 * args.tasks / ms, "GFLOP/s": speed,
         "% peak": 100 * speed / max(turns["peak"]), "% width": 100 * speed / max(turns["width"]), "MB": mb, "stock": median(turns["stock"]),
         "x stock": median(theirs / mine for mine, theirs in zip(turns["ms"], turns["stock"])), "x FLOP": stock_flop / flop, "x MB": stock_mb / mb,
-        "K^": float(np.polyfit(np.log(KS), np.log(k_ms), 1)[0]), "MB 10/1": k_mb[-1] / k_mb[0],
+        "x sum": median(turns["whole"]) / sum(parts.values()), "K^": float(np.polyfit(np.log(KS), np.log(k_ms), 1)[0]), "MB 10/1": k_mb[-1] / k_mb[0],
     }  # fmt: skip
     return {
-        "script": script, "regime": args.regime, "data": name, "args": args.description["args"], "table": table, "flop_per_step": flop,
+        "script": script, "regime": args.regime, "data": name, "args": args.description["args"], "table": table, "flop_per_step": flop, "parts_ms": parts,
         "iterations_per_turn": iters, "turns": turns, "by_k": {"steps": list(KS), "ms": k_ms, "MB": k_mb},
     }  # fmt: skip
 

@@ -257,8 +257,8 @@ def bench():
     results = read("bench")
     if not results:
         return table(["`python bench.py`"], [[NOT_RUN]])
-    keys = {"ms": "ms", "sampling": "of it sampling", "x stock": "× stock", "x FLOP": "× products", "% peak": "% of peak", "% width": "% of its shape's", "K^": "exponent in K", "MB 10/1": "memory, K 10 / 1"}
-    rows = [[f"`{r['script']}.py` {r['regime']}", *(f"{r['table'][key]:.3g}" for key in keys)] for r in results["rows"]]
+    keys = {"ms": "ms", "sampling": "of it sampling", "x stock": "× stock", "x FLOP": "× products", "% peak": "% of peak", "% width": "% of its shape's", "x sum": "× its parts", "K^": "exponent in K", "MB 10/1": "memory, K 10 / 1"}
+    rows = [[f"`{r['script']}.py` {r['regime']}", *(f"{r['table'][key]:.3g}" if key in r["table"] else NOT_RUN for key in keys)] for r in results["rows"]]
     return f"{results['machine']}, {results['threads']} thread(s), {results['dtype']}, {results['date'][:10]}.\n\n" + table(["a training step", *keys.values()], rows) + sampler()
 
 

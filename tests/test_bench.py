@@ -140,6 +140,9 @@ def test_table_and_file_say_the_same(monkeypatch, capsys):
         assert table["tasks/s"] == pytest.approx(4000 / table["ms"]) and table["GFLOP/s"] == pytest.approx(1e-6 * row["flop_per_step"] / table["ms"])
         assert table["% width"] == pytest.approx(1.25 * table["% peak"]) == pytest.approx(2.5 * table["GFLOP/s"])
         assert (table["x FLOP"] > 1) == (regime == "implicit"), "the yardstick computes more where there are queries"
+        parts = {"linear layers", "attention", "norms", "GELU", "the regime", "sampling", "AdamW"}
+        assert row["parts_ms"].keys() == parts and all(ms > 0 for ms in row["parts_ms"].values())
+        assert table["x sum"] == pytest.approx(sorted(turns["whole"])[1] / sum(row["parts_ms"].values()))
         assert row["by_k"]["steps"] == [1, 2] and table["MB 10/1"] == row["by_k"]["MB"][1] / row["by_k"]["MB"][0]
         assert any(line.split()[:3] == [script, regime, f"{table['ms']:.2f}"] for line in printed.splitlines())
 
