@@ -110,17 +110,21 @@ class Block(nn.Module):
         B, S, C = x.shape
         return x.view(B, S, self.heads, C // self.heads).transpose(1, 2)  # (B, heads, S, C / heads)
 
-    def memory(self, x):
-        """Keys and values of the tokens x (B, S, D), for any token that attends to them."""
-        k, v = self.key_value(self.norm1(x)).chunk(2, dim=-1)
+    def memory(self, h):
+        """Keys and values of normed tokens h (B, N, D), for any token that attends to them."""
+        k, v = self.key_value(h).chunk(2, dim=-1)
         return self.split(k), self.split(v)
 
-    def forward(self, x, memory, visible=None, causal=False):
-        """Tokens x (B, S, D) attend to `memory`; `visible` is a boolean mask (B, 1, S, N), True where they may look."""
-        q = self.split(self.query(self.norm1(x)))
-        a = self.attend(q, *memory, visible, causal)
+    def forward(self, x, memory=None, visible=None, causal=False):
+        """Tokens x (B, S, D) attend to `memory` or, without one, to each other -> (B, S, D), and that memory.
+
+        `visible` is a boolean mask (B, 1, S, N), True where they may look.
+        """
+        h = self.norm1(x)
+        memory = memory or self.memory(h)
+        a = self.attend(self.split(self.query(h)), *memory, visible, causal)
         x = x + self.out(a.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x)), memory
 
 
 class Transformer(nn.Module):
@@ -147,24 +151,23 @@ class Transformer(nn.Module):
         """Self-attention over the tokens x (B, S, D) -> (B, S, D)."""
         with self.autocast(x):
             for block in self.blocks:
-                x = block(x, block.memory(x), causal=causal)
+                x, _ = block(x, causal=causal)
         return self.norm(x.float())
 
     def encode(self, x, causal):
         """Context tokens x (B, N, D) -> the keys and values of every layer. They do not depend on any query."""
-        memories = []
+        (*inner, last), memories = self.blocks, []
         with self.autocast(x):
-            for i, block in enumerate(self.blocks):
-                memories.append(block.memory(x))
-                if i + 1 < len(self.blocks):  # nobody reads what the last layer would make of the context
-                    x = block(x, memories[-1], causal=causal)
-        return memories
+            for block in inner:
+                x, memory = block(x, causal=causal)
+                memories.append(memory)
+            return memories + [last.memory(last.norm1(x))]  # nobody reads what the last layer would make of the context
 
     def read(self, x, memories, visible=None):
         """Query tokens x (B, Q, D) attend to the context in every layer and never to each other -> (B, Q, D)."""
         with self.autocast(x):
             for block, memory in zip(self.blocks, memories):
-                x = block(x, memory, visible)
+                x, _ = block(x, memory, visible)
         return self.norm(x.float())
 
 

@@ -277,10 +277,10 @@ class LeafPredictor(nn.Module):
         h = self.cell(torch.stack(inputs, -1)).transpose(1, 2).reshape(B * d, N, -1)
         with self.transformer.autocast(x):
             for block in self.transformer.blocks[: self.depth]:
-                h = block(h, block.memory(h))
+                h, _ = block(h)
             h = torch.cat([h[..., ::2].mean(1), h[..., 1::2].amax(1)], -1).view(B, d, -1)
             for block in self.transformer.blocks[self.depth :]:
-                h = block(h, block.memory(h), alive[:, None, None])  # removed nodes are no keys
+                h, _ = block(h, visible=alive[:, None, None])  # removed nodes are no keys
         logits = self.decoder(self.transformer.norm(h.float()))[..., 0]
         return (past[-1] + logits if self.adds else logits)[None]
 
