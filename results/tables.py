@@ -61,7 +61,7 @@ def minutes(results):
 
 
 def command(results):
-    return f"`{re.sub(' --(data-dir|out) [^ ]+', '', results['command'])}`"
+    return f"`{re.sub(' --(data-dir|out) [^ ]+| --overwrite', '', results['command'])}`"
 
 
 # ---------------------------------------------------------------- one function a table
@@ -124,6 +124,20 @@ def special():
         found = [read(f"{script}-{files[name]}") for script in ("linreg", "mnist")]
         rows.append([name, f"`{flags}`", k, *(at(r["metrics"]["id"], k, digits) if r else NOT_RUN for r, digits in zip(found, (3, 1)))])
     return table(["special case", "flags of `linreg.py` and `mnist.py`", "steps", "linear regression", "MNIST, error %"], rows)
+
+
+def lengths():
+    """The headline rows, trained on 1, 5 and 10 mini-batches."""
+    files = {
+        "parametric regression": ("linreg-hypernetwork", "linreg", "linreg-k10"), "implicit regression": ("linreg-icl", "linreg-implicit", "linreg-implicit-k10"),
+        "implicit MNIST, error %": ("mnist-icl", "mnist", "mnist-k10"),
+    }  # fmt: skip
+    rows = []
+    for label, names in files.items():
+        for K, r in zip((1, 5, 10), map(read, names)):
+            cells = [command(r), r["seeds"], *(at(r["metrics"]["id"], k, 1 if "%" in label else 3) for k in (1, 2, 5, 10))] if r else [NOT_RUN]
+            rows.append([label if K == 1 else "", K, *cells, *[""] * (6 - len(cells))])
+    return table(["", "trained on", "command", "seeds", "1", "2", "5", "10"], rows)
 
 
 def scaling():
@@ -271,7 +285,7 @@ def sampler():
     return f"\n\nCausal graphs, a data set of 320 rows, `{results['command']}`: {rows} than a plain numpy loop; both in equal parts, as in training: {loop / ours:.1f} times."
 
 
-TABLES = {"bench": bench, "quick": quick, "linreg": linreg, "special": special, "mnist": mnist, "fmnist": fmnist, "imagenet": imagenet, "flow": flow, "toposort": toposort, "ablations": ablations, "scaling": scaling, "race": race, "cost": cost}
+TABLES = {"bench": bench, "quick": quick, "linreg": linreg, "special": special, "lengths": lengths, "mnist": mnist, "fmnist": fmnist, "imagenet": imagenet, "flow": flow, "toposort": toposort, "ablations": ablations, "scaling": scaling, "race": race, "cost": cost}
 
 
 def fill(text):
