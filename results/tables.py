@@ -27,8 +27,8 @@ def read(name):
     Seeds share their evaluation tasks. A standard error holds both: the tasks' and, where there are several seeds, the seeds'.
     """
     found = [r for r in (load(name), *(load(f"{name}.seed{seed}") for seed in range(1, 10))) if r]
-    if not found or "metrics" not in found[0]:  # bench.json and the like are no runs
-        return found[0] if found else None
+    if not found:
+        return None
     for split, m in found[0]["metrics"].items() if len(found) > 1 else ():
         seeds = [r["metrics"][split] for r in found]
         over_seeds = [stdev(step) / len(found) ** 0.5 for step in zip(*(s["mean"] for s in seeds))]
@@ -267,17 +267,22 @@ def toposort():
 
 
 def bench():
-    """results/bench.json, one row a script and regime; what is comparable are the ratios."""
-    results = read("bench")
-    if not results:
-        return table(["`python bench.py`"], [[NOT_RUN]])
+    """results/bench.json and the same at the paper's width, one row a script and regime; what is comparable are the ratios."""
     keys = {"ms": "ms", "sampling": "of it sampling", "x stock": "× stock", "x FLOP": "× products", "% peak": "% of peak", "% width": "% of its shape's", "x sum": "× its parts", "K^": "exponent in K", "MB 10/1": "memory, K 10 / 1"}
-    rows = [[f"`{r['script']}.py` {r['regime']}", *(f"{r['table'][key]:.3g}" if key in r["table"] else NOT_RUN for key in keys)] for r in results["rows"]]
-    return f"{results['machine']}, {results['threads']} thread(s), {results['dtype']}, {results['date'][:10]}.\n\n" + table(["a training step", *keys.values()], rows) + sampler()
+    text = []
+    for name in ("bench", "bench-wide"):
+        results = load(name)
+        if not results:
+            text.append(table([f"`python bench.py` ({name})"], [[NOT_RUN]]))
+            continue
+        rows = [[f"`{r['script']}.py` {r['regime']}", *(f"{r['table'][key]:.3g}" for key in keys)] for r in results["rows"]]
+        where = f"`{re.sub(' --(out|repeats) [^ ]+| --overwrite', '', results['command'])}`: {results['machine']}, {results['threads']} thread(s), {results['dtype']}, {results['date'][:10]}."
+        text.append(where + "\n\n" + table(["a training step", *keys.values()], rows))
+    return "\n\n".join(text) + sampler()
 
 
 def sampler():
-    results = read("bench-sampler")
+    results = load("bench-sampler")
     if not results:
         return ""
     rows = "; ".join(f"{name.upper()} {row['ms']:.2f} against {row['loop']:.2f} ms, {row['ratio']:.1f} times faster" for name, row in results["sampler"].items())
