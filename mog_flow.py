@@ -53,7 +53,7 @@ def get_args(argv=None):
     add("--dim", type=common.number(int, 2), default=2, help="dimension of the points")
     add("--max-clusters", type=common.count, default=10, help="a task has 1 to this many clusters")
     add_flow_flags(parser)
-    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=8000, lr=3e-3, history=3, eval_tasks=200, update="direct")
+    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=8000, lr=3e-3, history=3, eval_tasks=200)
     args = common.parse_args(parser, PRESETS, argv)
     if not args.plot_only:
         refuse(args)
