@@ -44,8 +44,8 @@ def refine(model, task):
     may be backpropagated at once, and its graph is freed before the next step (greedy training, eqs. 9 and 19-22).
     """
     past = [model.initial_state(task.query_x)] * model.history  # oldest first
-    for x, y in zip(task.context_x, task.context_y):
-        states = model.update(past, x, y, task.query_x)  # (T, B, ...)
+    for step, (x, y) in enumerate(zip(task.context_x, task.context_y)):
+        states = model.update(past, x, y, task.query_x, step)  # (T, B, ...)
         yield model.predict(states, task.query_x)
         past = [state.detach() for state in past[1:] + [model.carry(states)]]
 
@@ -194,6 +194,7 @@ class Parametric(nn.Module):
         self.residual = nn.Linear(y_dim, D) if self.span else None
         self.state = nn.Linear(P, D)
         self.age = nn.Parameter(0.02 * torch.randn(self.history, 1, D))  # tells past states from the current one
+        self.clock = Clock(D) if args.clock == "steps" else None
         self.transformer = Transformer(D, args.depth, args.heads, args.attention)
         self.decoder = nn.Linear(D, y_dim if self.span else P)
         nn.init.zeros_(self.decoder.weight)  # the untrained update is "stay": no step starts by throwing the state away
@@ -229,8 +230,8 @@ class Parametric(nn.Module):
             parts = torch.autograd.grad(predictions, copies, cotangents.view_as(predictions), create_graph=learning)[0]
         return parts.cumsum(1).transpose(0, 1)
 
-    def update(self, past, x, y, query_x):
-        """h_phi of eq. 7: the last H states (B, P) and a mini-batch -> states after each prefix (T, B, P)."""
+    def update(self, past, x, y, query_x, step=0):
+        """h_phi of eq. 7: the last H states (B, P) and a mini-batch, after `step` others -> states after each prefix (T, B, P)."""
         if self.training and not self.causal:  # one random size a step for the whole batch (sec. 11.4)
             n = int(draw_size(self.carried, x.shape[1], ()))
             x, y = x[:, :n], y[:, :n]
@@ -242,6 +243,8 @@ class Parametric(nn.Module):
             tokens = tokens + self.gradient(torch.cat([self.gradients(state, x, y) for state in past], -1))
         if self.residual is not None:
             tokens = tokens + self.residual(self.residuals(past[-1], x, y))
+        if self.clock is not None:
+            tokens = tokens + self.clock(step)
         slots = self.state(torch.stack(past, 1).view(B, self.history, S, -1)) + self.age  # (B, H, S, D)
         h = self.transformer(torch.cat([slots.flatten(1, 2), tokens], 1), self.causal)  # (B, H * S + N, D)
         first = self.history * S
@@ -272,6 +275,17 @@ class Explicit(Parametric):
 
     def predict(self, states, x):
         return self.network(states, x)
+
+
+class Clock(nn.Module):
+    """What a token is told about how many mini-batches came before: the share 1 / (step + 1) that a new one has in an average of all."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.direction = nn.Parameter(0.02 * torch.randn(width))
+
+    def forward(self, step):
+        return self.direction / (step + 1)
 
 
 class LatentMLP(nn.Module):
@@ -316,6 +330,7 @@ class Implicit(nn.Module):
         # Queries share the encoder of the observations [x, y]; a latent is no y and gets its own (sec. 11.1).
         self.query = nn.Linear(x_dim + D, D) if args.state == "latent" else self.observation
         self.query_embedding = nn.Parameter(0.02 * torch.randn(D))
+        self.clock = Clock(D) if args.clock == "steps" else None
         self.older = nn.Linear((self.history - 1) * S, D) if self.history > 1 else None
         self.transformer = Transformer(D, args.depth, args.heads, args.attention, alike=True)
         self.decoder = nn.Linear(D, y_dim)
@@ -331,8 +346,8 @@ class Implicit(nn.Module):
         """A mini-batch -> the keys and values that queries attend to. Reusable: it depends on no query."""
         return self.transformer.encode(self.observation(torch.cat([x, y], -1)), self.causal)
 
-    def update(self, past, x, y, query_x):
-        """r_gamma of eq. 8: the last H states (B, Q, S) and a mini-batch -> the next states (1, B, Q, S)."""
+    def update(self, past, x, y, query_x, step=0):
+        """r_gamma of eq. 8: the last H states (B, Q, S) and a mini-batch, after `step` others -> the next states (1, B, Q, S)."""
         visible, N = None, x.shape[1]
         if self.training and self.causal:  # each query sees a random prefix of its own (fig. 6)
             B, Q, _ = query_x.shape
@@ -341,13 +356,15 @@ class Implicit(nn.Module):
         elif self.training:  # one random size a step for the whole batch (sec. 11.4)
             n = int(draw_size(self.carried, N, ()))
             x, y = x[:, :n], y[:, :n]
-        return self.read(past, self.encode(x, y), query_x, visible)
+        return self.read(past, self.encode(x, y), query_x, visible, step)
 
-    def read(self, past, memories, query_x, visible=None):
+    def read(self, past, memories, query_x, visible=None, step=0):
         state = past[-1].softmax(-1) if self.kind == "softmax" else past[-1]
         tokens = self.query(torch.cat([query_x, state], -1)) + self.query_embedding  # (B, Q, D)
         if self.older is not None:
             tokens = tokens + self.older(torch.cat(past[:-1], -1))
+        if self.clock is not None:
+            tokens = tokens + self.clock(step)
         h = self.transformer.read(tokens, memories, visible)
         new = h if self.kind == "latent" else self.decoder(h)
         return (past[-1] + new if self.adds else new)[None]
@@ -483,6 +500,7 @@ def make_parser(script, doc, predictor=False):
     add("--decoder", choices=("span", "linear"), default="span", help="updates of parametric and explicit states: pulled back through the predictor at the data, or read off one token")
     add("--update", choices=("residual", "direct"), default="residual", help="the model's output is a change of the state, or the next state (not for --decoder span)")
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
+    add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
     add("--carry", choices=("full", "random"), default="full", help="in training, hand over states of whole mini-batches (full) or of random prefixes (random)")
     add("--latent", type=count, default=64, help="numbers in a latent token of the explicit regime")
     add("--latent-tokens", type=count, default=1, help="latent tokens of the explicit regime under --mask none")

@@ -156,8 +156,8 @@ def generate(model, batches, x, args):
     def field(x, t):
         query_x = embed(x, t)
         past = [model.initial_state(query_x)] * model.history
-        for memory in memories:  # `refine`, with the mini-batches encoded beforehand
-            past = past[1:] + [model.carry(model.read(past, memory, query_x))]
+        for step, memory in enumerate(memories):  # `refine`, with the mini-batches encoded beforehand
+            past = past[1:] + [model.carry(model.read(past, memory, query_x, step=step))]
         return model.predict(past[-1][None], query_x)[0]
 
     return integrate(field, x, args)

@@ -41,6 +41,8 @@ def get_args(argv=None):
         common.fail(f"--state {args.state}: a node's state is its leaf logit (use --state logits)")
     if args.mask != "none":
         common.fail("--mask causal: rows and nodes are sets that attend to each other both ways (use --mask none)")
+    if args.clock != "none":
+        common.fail("--clock steps is for the regimes of common.py; here it changes nothing (use --clock none)")
     if args.device.startswith("mps"):
         common.fail("--device mps has no float64, which simulating needs (use --device cpu)")
     if args.queries is not None:
@@ -268,7 +270,7 @@ class LeafPredictor(nn.Module):
     def carry(self, states):
         return states[0]
 
-    def update(self, past, x, y, alive):
+    def update(self, past, x, y, alive, step=0):
         """The last H states (B, d) and rows x (B, N, d) of the nodes alive (B, d) -> the next states (1, B, d)."""
         if self.training:  # one random number of rows a step for the whole batch (sec. 11.4)
             x = x[:, : int(common.draw_size(self.carried, x.shape[1], ()))]

@@ -27,8 +27,7 @@ MNIST = "mnist.py --dim 50 --iters 300"
 # The edits of the README's exercises: (file, what stands there, what is put in its place).
 EDITS = {
     "two-steps": [
-        ("common.py", "for x, y in zip(task.context_x, task.context_y):", "for i, (x, y) in enumerate(zip(task.context_x, task.context_y)):"),
-        ("common.py", "past = [state.detach() for state in", "past = [state.detach() if i % 2 else state for state in"),
+        ("common.py", "past = [state.detach() for state in", "past = [state.detach() if step % 2 else state for state in"),
         ("linreg.py", ".backward()", ".backward(retain_graph=True)"),  # the second loss passes the first one's graph again
     ],
     "step-0": [
@@ -44,8 +43,7 @@ EDITS = {
     for step in model.later:
         step.transformer.dtype = getattr(torch, args.dtype)
     return common.place(model, args)"""),
-        ("common.py", "for x, y in zip(task.context_x, task.context_y):", "for i, (x, y) in enumerate(zip(task.context_x, task.context_y)):"),
-        ("common.py", "states = model.update(", "states = [model, *model.later][min(i, len(model.later))].update("),
+        ("common.py", "states = model.update(", "states = [model, *model.later][min(step, len(model.later))].update("),
     ],
     "unit-gradients": [("common.py", "return torch.autograd.grad(losses.sum(), copies)[0]", "return F.normalize(torch.autograd.grad(losses.sum(), copies)[0], dim=-1)")],
     "concatenated": [
@@ -72,6 +70,9 @@ GROUPS = {
     "latent tokens (explicit)": (LINREG + " --regime explicit", {"1": "", "4": "--latent-tokens 4", "8": "--latent-tokens 8"}),
     "output (parametric, decoder linear)": (LINREG + " --decoder linear", {"a change": "", "the next state": "--update direct"}),
     "output (implicit)": (LINREG + " --regime implicit", {"a change": "", "the next state": "--update direct"}),
+    "clock (parametric)": (LINREG, {"none": "", "steps": "--clock steps"}),
+    "clock (explicit)": (LINREG + " --regime explicit", {"none": "", "steps": "--clock steps"}),
+    "clock (implicit)": (LINREG + " --regime implicit", {"none": "", "steps": "--clock steps"}),
     "attention (parametric)": (LINREG, {"linear": "", "softmax": "--attention softmax"}),
     "attention (explicit)": (LINREG + " --regime explicit", {"linear": "", "softmax": "--attention softmax"}),
     "attention (implicit)": (LINREG + " --regime implicit", {"linear": "", "softmax": "--attention softmax"}),
@@ -80,6 +81,7 @@ GROUPS = {
     "MNIST: decoder (parametric)": (MNIST + " --regime parametric", {"span": "", "linear": "--decoder linear"}),
     "MNIST: output (implicit)": (MNIST, {"a change": "", "the next state": "--update direct"}),
     "dtype (parametric)": (LINREG, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
+    "MNIST: clock (implicit)": (MNIST, {"none": "", "steps": "--clock steps"}),
     "MNIST: dtype (implicit)": (MNIST, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: state (implicit)": (MNIST, {"logits": "", "softmax": "--state softmax", "latent": "--state latent"}),
     "exercise 1: steps in training (parametric)": (LINREG, {"5": "", "1": "--steps 1 --eval-steps 10"}),

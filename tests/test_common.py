@@ -29,7 +29,7 @@ def linear(w, x):
 
 def settings(**changes):
     args = argparse.Namespace(
-        history=1, mask="causal", carry="full", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual",
+        history=1, mask="causal", carry="full", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none",
         width=8, depth=2, heads=2, latent=6, hidden=10,
     )  # fmt: skip
     vars(args).update(changes)
@@ -103,6 +103,22 @@ def test_implicit_queries_under_their_own_prefixes_equal_a_loop_over_queries(tas
             one = slice(b, b + 1), slice(q, q + 1)
             alone = model.update([s[one] for s in past], x[b : b + 1, :n], y[b : b + 1, :n], task.query_x[one])
             close(together[one], alone[0])
+
+
+@pytest.mark.parametrize("regime", ("parametric", "explicit", "implicit"))
+def test_a_clock_tells_how_many_mini_batches_came_before(task, regime):
+    with_clock, without = (make(regime, clock=clock, history=2).eval() for clock in ("steps", "none"))
+    x, y = task.context_x[0], task.context_y[0]
+    past = past_states(without, task)
+    early, late = ([model.update(past, x, y, task.query_x, step) for model in (with_clock, without)] for step in (0, 3))
+    assert (early[0] - late[0]).abs().max() > 1e-4 and torch.equal(early[1], late[1])
+    close(with_clock.clock(3), with_clock.clock(0) / 4)
+
+    past = [with_clock.initial_state(task.query_x)] * 2
+    for step, prediction in enumerate(refine(with_clock, task)):
+        states = with_clock.update(past, task.context_x[step], task.context_y[step], task.query_x, step)
+        close(prediction, with_clock.predict(states, task.query_x))
+        past = [past[1], with_clock.carry(states)]
 
 
 @pytest.mark.parametrize("carry,whole", (("random", 1 / N), ("full", 1 / 2 + 1 / 2 / N)))

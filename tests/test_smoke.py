@@ -24,7 +24,8 @@ VARIANTS = [
     "--regime implicit --history 2",
     "--regime explicit --mask none --attention softmax",
     "--regime implicit --mask causal --attention linear",
-    "--regime implicit --update residual",
+    "--regime implicit --clock steps",
+    "--regime explicit --clock steps",
     "--regime explicit --decoder linear --update direct",
 ]
 KEYS = "command script args data device dtype threads torch seed parameters iterations train_seconds cpu_seconds metrics baselines".split()

@@ -77,6 +77,7 @@ FLAGS = [  # flags, what the line must name
     ("--regime implicit --decoder linear", "--decoder"),
     ("--regime parametric --update direct", "--update"),
     ("--attention none", "--attention"),
+    ("--clock hours", "--clock"),
     ("--regime parametric --latent 8", "--latent"),
     ("--regime implicit --hidden 8", "--hidden"),
     ("--regime explicit --mask causal --latent-tokens 2", "--latent-tokens"),
