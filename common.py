@@ -194,7 +194,7 @@ class Parametric(nn.Module):
         self.residual = nn.Linear(y_dim, D) if self.span else None
         self.state = nn.Linear(P, D)
         self.age = nn.Parameter(0.02 * torch.randn(self.history, 1, D))  # tells past states from the current one
-        self.clock = Clock(D) if args.clock == "steps" else None
+        self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
         self.transformer = Transformer(D, args.depth, args.heads, args.attention)
         self.decoder = nn.Linear(D, y_dim if self.span else P)
         nn.init.zeros_(self.decoder.weight)  # the untrained update is "stay": no step starts by throwing the state away
@@ -244,7 +244,7 @@ class Parametric(nn.Module):
         if self.residual is not None:
             tokens = tokens + self.residual(self.residuals(past[-1], x, y))
         if self.clock is not None:
-            tokens = tokens + self.clock(step)
+            tokens = tokens + self.clock / (step + 1)  # the weight of a new mini-batch in an average of all
         slots = self.state(torch.stack(past, 1).view(B, self.history, S, -1)) + self.age  # (B, H, S, D)
         h = self.transformer(torch.cat([slots.flatten(1, 2), tokens], 1), self.causal)  # (B, H * S + N, D)
         first = self.history * S
@@ -275,17 +275,6 @@ class Explicit(Parametric):
 
     def predict(self, states, x):
         return self.network(states, x)
-
-
-class Clock(nn.Module):
-    """What a token is told about how many mini-batches came before: the share 1 / (step + 1) that a new one has in an average of all."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.direction = nn.Parameter(0.02 * torch.randn(width))
-
-    def forward(self, step):
-        return self.direction / (step + 1)
 
 
 class LatentMLP(nn.Module):
@@ -330,7 +319,7 @@ class Implicit(nn.Module):
         # Queries share the encoder of the observations [x, y]; a latent is no y and gets its own (sec. 11.1).
         self.query = nn.Linear(x_dim + D, D) if args.state == "latent" else self.observation
         self.query_embedding = nn.Parameter(0.02 * torch.randn(D))
-        self.clock = Clock(D) if args.clock == "steps" else None
+        self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
         self.older = nn.Linear((self.history - 1) * S, D) if self.history > 1 else None
         self.transformer = Transformer(D, args.depth, args.heads, args.attention, alike=True)
         self.decoder = nn.Linear(D, y_dim)
@@ -364,7 +353,7 @@ class Implicit(nn.Module):
         if self.older is not None:
             tokens = tokens + self.older(torch.cat(past[:-1], -1))
         if self.clock is not None:
-            tokens = tokens + self.clock(step)
+            tokens = tokens + self.clock / (step + 1)  # the weight of a new mini-batch in an average of all
         h = self.transformer.read(tokens, memories, visible)
         new = h if self.kind == "latent" else self.decoder(h)
         return (past[-1] + new if self.adds else new)[None]

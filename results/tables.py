@@ -96,6 +96,7 @@ def linreg():
     """Squared error, its multiple of the oracle, and the paper at 5 steps (tables 2, 3 and 4)."""
     files = {
         "linreg": ("", 0.5), "linreg-explicit": ("--regime explicit", 2.6), "linreg-implicit": ("--regime implicit", 6.2),
+        "linreg-clock": ("--regime implicit --clock steps", ""),
     }  # fmt: skip
     rows, oracle = [], None
     for name, (flags, paper) in files.items():
@@ -143,7 +144,7 @@ def lengths():
 def scaling():
     """Error far past the training length, at mini-batches of one size; the oracle has all that was seen."""
     steps, rows, oracle = (1, 5, 10, 20, 50), [], None
-    for name in ("linreg", "linreg-explicit", "linreg-implicit"):
+    for name in ("linreg", "linreg-explicit", "linreg-implicit", "linreg-clock"):
         results = read(f"scaling-{name}")
         if results:
             rows.append([command(results), *(at(results["metrics"]["id"], k, 3) for k in steps)])
