@@ -41,8 +41,6 @@ def get_args(argv=None):
         common.fail(f"--state {args.state}: a node's state is its leaf logit (use --state logits)")
     if args.mask != "none":
         common.fail("--mask causal: rows and nodes are sets that attend to each other both ways (use --mask none)")
-    if args.clock != "none":
-        common.fail("--clock steps is for the regimes of common.py; here it changes nothing (use --clock none)")
     if args.device.startswith("mps"):
         common.fail("--device mps has no float64, which simulating needs (use --device cpu)")
     if args.queries is not None:
@@ -258,6 +256,7 @@ class LeafPredictor(nn.Module):
         self.adds = args.update == "residual"
         self.initial = nn.Parameter(torch.zeros(()))  # one for all nodes, which have no names
         self.cell = nn.Sequential(nn.Linear(5 + args.history, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+        self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
         self.transformer = common.Transformer(D, 2 * args.depth, args.heads, args.attention, alike=True)  # first over rows, then over nodes
         self.decoder = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 1))
 
@@ -271,12 +270,14 @@ class LeafPredictor(nn.Module):
         return states[0]
 
     def update(self, past, x, y, alive, step=0):
-        """The last H states (B, d) and rows x (B, N, d) of the nodes alive (B, d) -> the next states (1, B, d)."""
+        """The last H states (B, d) and rows x (B, N, d) of the nodes alive (B, d), after `step` mini-batches -> the next states (1, B, d)."""
         if self.training:  # one random number of rows a step for the whole batch (sec. 11.4)
             x = x[:, : int(common.draw_size(self.carried, x.shape[1], ()))]
         B, N, d = x.shape
         inputs = [x, *linear_residual(x, alive), *kernel_residual(x, alive), *(state[:, None].expand_as(x) for state in past)]
         h = self.cell(torch.stack(inputs, -1)).transpose(1, 2).reshape(B * d, N, -1)
+        if self.clock is not None:
+            h = h + self.clock / (step + 1)
         with self.transformer.autocast(x):
             for block in self.transformer.blocks[: self.depth]:
                 h, _ = block(h)

@@ -465,7 +465,6 @@ def test_results_hold_all_columns_and_measures(finished):
         ("--state latent", "--state logits"),
         ("--mask causal", "--mask none"),
         ("--queries 4", "--nodes"),
-        ("--clock steps", "--clock"),
         ("--nodes 2", "--nodes"),
         ("--eval-nodes 2", "--eval-nodes"),
         ("--mechanism cubic", "--mechanism"),
