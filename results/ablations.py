@@ -159,7 +159,8 @@ def plot(rows, path):
         if row["name"] != "error %":
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter("{x:g}")
+            low, high = ax.get_ylim()
+            ax.yaxis.set_minor_formatter("{x:g}" if high < 8 * low else "")
         ax.tick_params(which="both", labelsize=8)
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3, which="both")
