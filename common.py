@@ -988,6 +988,7 @@ def plot_steps(out, results, log_scale=False):
         ax.grid(alpha=0.3)
     args = results["args"]
     kind = args["regime"] if args["regime"] == "implicit" else f"{args['regime']}, signal {args['signal']}, decoder {args['decoder']}"
+    kind += ", with a clock" if args.get("clock") == "steps" else ""
     title = f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}"
     fig.suptitle(textwrap.fill(title, 45 * columns), fontsize=11)
     fig.tight_layout(rect=(0, 0.06 if panels > 5 else 0, 1, 1))

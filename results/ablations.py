@@ -135,7 +135,7 @@ def summarize(base, change):
     what = f"python {base}, edited" if change in EDITS else f"python {base} {change}".strip()
     return {
         "command": what, "data": metric[0]["data"], "name": metric[0]["name"], "steps": metric[0]["steps"], "trained": found[0]["args"]["steps"],
-        "seeds": seeds, "mean": [mean(step) for step in zip(*seeds)], "stderr": [stdev(step) / len(SEEDS) ** 0.5 for step in zip(*seeds)],
+        "seeds": seeds, "seed_numbers": SEEDS, "mean": [mean(step) for step in zip(*seeds)], "stderr": [stdev(step) / len(SEEDS) ** 0.5 for step in zip(*seeds)],
         "tasks": metric[0]["tasks"], "cpu_seconds": [r["cpu_seconds"] for r in found], "machine": found[0]["machine"], "torch": found[0]["torch"],
     }  # fmt: skip
 
@@ -179,7 +179,7 @@ def main():
     if wrong := [name for name in names if name not in GROUPS]:
         sys.exit(f"error: {wrong[0]!r} is neither --list nor one of: " + "; ".join(GROUPS))
     file = HERE / "ablations.json"
-    rows = json.loads(file.read_text()) if names else {}
+    rows = json.loads(file.read_text()) if names and file.exists() else {}
     for group in names or GROUPS:
         base, variants = GROUPS[group]
         rows[group] = {label: summarize(base, change) for label, change in variants.items()}
