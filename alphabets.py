@@ -13,12 +13,12 @@ out-of-distribution evaluation.
 import math
 import os
 
-import numpy as np
-import torch
-
-import common
+import common  # before torch: it answers --help by itself
 import mog_flow
 from mog_flow import Density
+
+import numpy as np
+import torch
 
 PRESETS = {"paper": dict(context=100, queries=256, tasks=128, width=256, depth=4, heads=4, iters=50_000, lr=3e-4, points=512)}
 HELD_OUT = "DHNTXY"  # paper

@@ -21,6 +21,12 @@ import textwrap
 import time
 import warnings
 
+if sys.argv[1:2] in (["-h"], ["--help"]):  # argparse will answer and leave: stand-ins spare the seconds that torch takes to load
+    from unittest.mock import MagicMock
+
+    inner = ("distributed", "nn", "nn.attention", "nn.functional", "utils._python_dispatch", "utils.flop_counter")
+    sys.modules.update(dict.fromkeys(["numpy", "scipy.optimize", "torch", *(f"torch.{name}" for name in inner)], MagicMock()))
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -464,21 +470,10 @@ def path(text):
 
 
 count = number(int, 1)
-RIVALS = ("adam", "sgd", "lbfgs", "maml")
 
 
-def rivals(text):
-    """An argparse type: some of RIVALS, with commas between."""
-    if wrong := [name for name in text.split(",") if name not in RIVALS]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(RIVALS)}")
-    return tuple(dict.fromkeys(text.split(",")))
-
-
-def make_parser(script, doc, predictor=False):
-    """The flags that all scripts share; a script adds its own and sets the defaults that are missing here.
-
-    Those of scripts with a parametric regime, whose predictor other optimizers can fit as well, come with `predictor`.
-    """
+def make_parser(script, doc, eval_steps=False):
+    """The flags that all scripts share; a script adds its own and sets the defaults that are missing here."""
     parser = Parser(prog=f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("the method").add_argument
     add("--regime", choices=REGIMES, help="what persists between steps: weights, a latent, or each query's prediction")
@@ -506,14 +501,12 @@ def make_parser(script, doc, predictor=False):
     add("--iters", type=count, help="optimizer steps")
     add("--lr", type=number(float, 0, strict=True), help="peak learning rate (warm-up, then cosine)")
     add("--eval-tasks", type=number(int, 2), default=256, help="fixed tasks that the evaluation averages over")
-    if predictor:
+    if eval_steps:
         add("--eval-steps", type=count, metavar="S", help="mini-batches that the evaluation goes up to (default: 2K)")
-        add("--baseline", type=rivals, metavar="LIST", help="race these on the evaluation tasks, at the parametric regime's predictor: some of adam,sgd,lbfgs,maml; makes race.json and race.png")
-        add("--baseline-seconds", type=number(float, 0, strict=True), metavar="SECONDS", help="meta-training of maml, first and second order each (default: as long as the model was trained)")
     add("--seed", type=number(int, 0), default=0, help="seeds weights and training data; evaluation tasks never change")
     add("--preset", choices=("laptop", "paper"), default="laptop", help="laptop: the defaults; paper: the paper's scale, for one GPU")
     add = parser.add_argument_group("the machine and the files").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the transformer; states and losses stay in float32")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster on a GPU")
     add("--out", type=path, help="folder for checkpoint, log, results and plots (default: out/<script>-<what differs from the defaults>)")
@@ -525,7 +518,7 @@ def make_parser(script, doc, predictor=False):
 
 
 # Flags that say where and how to run, not what: no part of a run's name, and free to change when it is resumed.
-RUNTIME = {"device", "dtype", "compile", "out", "overwrite", "resume", "eval", "plot_only", "data_dir", "eval_tasks", "eval_steps", "baseline", "baseline_seconds"}
+RUNTIME = {"device", "dtype", "compile", "out", "overwrite", "resume", "eval", "plot_only", "data_dir", "eval_tasks", "eval_steps"}
 
 
 def parse_args(parser, presets, argv=None):
@@ -580,38 +573,36 @@ def parse_args(parser, presets, argv=None):
 
 def check(args, given):
     """Refuses what contradicts itself, with the reason."""
-    if args.regime == "implicit" and args.signal != "data":
-        fail(f"--signal {args.signal} needs task parameters to take the gradient of; --regime implicit has none (use --signal data)")
-    if args.width % args.heads:
-        fail(f"--width {args.width} is not divisible by --heads {args.heads}")
-    if args.tasks % RANKS:
-        fail(f"--tasks {args.tasks} is not divisible by the {RANKS} ranks that share them")
-    if args.state != "logits" and args.regime != "implicit":
-        fail(f"--state {args.state} is for --regime implicit; the state of --regime {args.regime} is given by the regime")
-    if args.latent_tokens > 1 and (args.regime != "explicit" or args.mask != "none"):
-        fail("--latent-tokens above 1 needs --regime explicit --mask none (a causal mask reads the latent at every observation)")
-    if "decoder" in given and args.regime == "implicit":
-        fail("--decoder is for the updates of --regime parametric and explicit; implicit states are decoded as predictions")
-    if given.get("update") == "direct" and args.regime != "implicit" and args.decoder == "span":
-        fail("--update direct needs --decoder linear; in the span of the data there are changes only")
-    for flag in ("latent", "hidden"):
-        if flag in given and args.regime != "explicit":
-            fail(f"--{flag} is for --regime explicit")
-    if "baseline_seconds" in given and "maml" not in (args.baseline or ()):
-        fail("--baseline-seconds is for --baseline maml; the others are not trained")
+    implicit, explicit = args.regime == "implicit", args.regime == "explicit"
+    refusals = (
+        (implicit and args.signal != "data", f"--signal {args.signal} needs task parameters to take the gradient of; --regime implicit has none (use --signal data)"),
+        (args.width % args.heads, f"--width {args.width} is not divisible by --heads {args.heads}"),
+        (args.tasks % RANKS, f"--tasks {args.tasks} is not divisible by the {RANKS} ranks that share them"),
+        (not implicit and args.state != "logits", f"--state {args.state} is for --regime implicit; the state of --regime {args.regime} is given by the regime"),
+        (args.latent_tokens > 1 and not (explicit and args.mask == "none"), "--latent-tokens above 1 needs --regime explicit --mask none (a causal mask reads the latent at every observation)"),
+        (implicit and "decoder" in given, "--decoder is for the updates of --regime parametric and explicit; implicit states are decoded as predictions"),
+        (not implicit and args.decoder == "span" and args.update == "direct", "--update direct needs --decoder linear; in the span of the data there are changes only"),
+        (not explicit and "latent" in given, "--latent is for --regime explicit"),
+        (not explicit and "hidden" in given, "--hidden is for --regime explicit"),
+    )
+    for wrong, reason in refusals:
+        if wrong:
+            fail(reason)
 
 
 def pick_device(device, dtype):
     """-> device, dtype (as text) and the reason for the dtype."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and RANKS == 1 else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("mps"):
+        fail("--device mps: Apple's GPUs have no float64, which the evaluations need (use --device cpu)")
     if device == "cuda" and RANKS > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         kind = torch.zeros(1, device=device).device.type
     except (RuntimeError, AssertionError, NotImplementedError):
         kind = None
-    if kind not in ("cpu", "cuda", "mps"):
+    if kind not in ("cpu", "cuda"):
         fail(f"--device {device}: this machine (or this build of torch) does not have it")
     # torch.cuda.is_bf16_supported() is true on chips that only emulate bfloat16: ask for the hardware generation.
     native = torch.cuda.get_device_capability(device) >= (8, 0) if kind == "cuda" else kind == "cpu" and cpu_has_bfloat16()
@@ -631,7 +622,7 @@ def cpu_has_bfloat16():
         return False
 
 
-RUN_FILES = ("checkpoint.pt", "log.jsonl", "results.json", "error.png", "race.json", "race.png")
+RUN_FILES = ("checkpoint.pt", "log.jsonl", "results.json", "error.png")
 
 
 def check_out(args):
@@ -725,7 +716,7 @@ def make_optimizer(model, args):
     groups = [{"params": [p for p in model.parameters() if p not in predictor], "share": 1.0}]
     if predictor:
         groups.append({"params": [p for p in model.parameters() if p in predictor], "share": 0.03})
-    return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=args.device != "mps")
+    return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
 
 def set_learning_rate(optimizer, iteration, args):
@@ -875,6 +866,11 @@ def evaluate(model, task, metric):
     return torch.stack([metric(p[-1], task.query_y).mean(1) for p in (initial, *refine(model, task))], 1)
 
 
+def seen(task, k):
+    """The observations of the first k mini-batches: x (B, k N, X), y (B, k N, Y)."""
+    return tuple(c[:k].transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))
+
+
 def summary(chunks, steps=None, **extra):
     """Chunks of (tasks, steps) values -> mean and standard error over tasks, ready for results.json."""
     values = torch.cat(list(chunks)).double().cpu()
@@ -909,9 +905,6 @@ def write_results(args, model, data, iterations, seconds, metrics, baselines):
             note = " (past training)" if step > args.steps else ""
             print(f"{split} {m['data']} step {step}: {m['name']} {mean:.3f} +- {stderr:.3f}{note}" + (f" | {beside}" if beside else ""))
     os.makedirs(args.out, exist_ok=True)
-    for name in ("race.json", "race.png"):  # of earlier results
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(args.out, name))
     replace_file(os.path.join(args.out, "results.json"), lambda path: write_text(path, json.dumps(results, indent=1)))
 
 
@@ -945,17 +938,27 @@ def log_axis(ax, which):
     axis.set_minor_formatter(NullFormatter())
 
 
-def plot_steps(out, results, log_scale=False):
-    """error.png: the metric against the step, with baselines, one panel a split; and the training loss of each step.
-
-    A split is in distribution, out of it, or a family of tasks that its data name describes.
-    """
+def pyplot():
+    """matplotlib.pyplot, for files only. Imported when it is needed, since that takes a second."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colors = COLORS
+    return plt
+
+
+def save_figure(fig, path, dpi=130):
+    replace_file(path, lambda temporary: fig.savefig(temporary, dpi=dpi, format="png"))
+    pyplot().close(fig)
+
+
+def plot_steps(out, results, log_scale=False):
+    """error.png: the metric against the step, with baselines, one panel a split; and the training loss of each step.
+
+    A split is in distribution, out of it, or a family of tasks that its data name describes.
+    """
+    plt, colors = pyplot(), COLORS
     metrics, log, K = results["metrics"], read_log(out), results["args"]["steps"]
     panels = len(metrics) + bool(log)
     columns = panels if panels <= 5 else 3
@@ -992,49 +995,4 @@ def plot_steps(out, results, log_scale=False):
     title = f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}"
     fig.suptitle(textwrap.fill(title, 45 * columns), fontsize=11)
     fig.tight_layout(rect=(0, 0.06 if panels > 5 else 0, 1, 1))
-    replace_file(os.path.join(out, "error.png"), lambda path: fig.savefig(path, dpi=130, format="png"))
-    plt.close(fig)
-
-
-def plot_race(out):
-    """race.png, if --baseline made a race.json: the metric against seconds, and against observations seen."""
-    path = os.path.join(out, "race.json")
-    if not os.path.exists(path):
-        return
-    try:
-        with open(path) as f:
-            report = json.load(f)
-        rows, args, metric = report["rows"], report["args"], report["metric"]
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"{path} is damaged")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(12, 5.6), sharey=True)
-    colors = {}
-    for name, row in rows.items():
-        color = colors.setdefault(name.removesuffix(", all data"), COLORS[len(colors)])
-        many = name.endswith(", all data")
-        style = dict(color=color, ls="--" if many else "-", marker="D" if many else "o", markevery=[row["end"]], lw=2.5 if name == "this model" else 1.3, label=name)
-        axes[0].plot(row["seconds"], row["mean"], **style)
-        if many:  # every step sees the same observations
-            axes[1].plot(row["observations"][-1:], row["mean"][-1:], **style | dict(markevery=None))
-        else:
-            axes[1].plot(row["observations"], row["mean"], **style)
-    axes[0].set(xlabel=f"seconds for {report['batch']} tasks at once", ylabel=metric)
-    axes[1].set(xlabel="observations seen, a task (grey: what this model is trained up to)")
-    axes[1].axvline(args["steps"] * args["context"], color="0.7", lw=1, zorder=0)
-    for ax in axes:
-        log_axis(ax, "x")
-        log_axis(ax, "y")
-        ax.grid(alpha=0.3)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=9, handlelength=4)
-    title = f"{report['script']}.py {args['regime']}, trained for {report['train_seconds']:.0f} s: {report['data']}"
-    where = f"{report['machine']}, {report['threads']} thread(s), seed {report['seed']}; marks: where it ends, as picked on other tasks"
-    fig.suptitle("\n".join(textwrap.fill(words, 140) for words in (title, where)), fontsize=10)
-    fig.tight_layout(rect=(0, 0.14, 1, 1))
-    replace_file(os.path.join(out, "race.png"), lambda path: fig.savefig(path, dpi=130, format="png"))
-    plt.close(fig)
-    print(f"plot: {out}/race.png")
+    save_figure(fig, os.path.join(out, "error.png"))

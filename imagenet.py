@@ -28,15 +28,15 @@ import time
 import zipfile
 from pathlib import Path
 
+import common  # before torch: it answers --help by itself
+from common import Task, refine
+from mnist import error, logistic_regression, loss, nearest_neighbour, predictor
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
-
-import common
-from common import Task, refine
-from mnist import error, logistic_regression, loss, nearest_neighbour, predictor
 
 DATASETS = ("imagenet", "cifar10", "cifar100")  # what --extract knows
 NAMES = {
@@ -58,7 +58,7 @@ def folder_name(text):
 
 
 def get_args(argv=None):
-    parser = common.make_parser("imagenet", __doc__, predictor=True)
+    parser = common.make_parser("imagenet", __doc__, eval_steps=True)
     add = parser.add_argument_group("the data").add_argument
     known = "a backbone that was extracted, mobilenet_v2 (the .npz files), or synthetic; auto: the first of these that is found"
     add("--features", type=folder_name, default="auto", help=known)
@@ -267,7 +267,7 @@ def fitted(x, y, query_x, prior):
 
 def seen(task, k):
     """The observations of the first k mini-batches: x (B, k N, dim), one-hot y (B, k N, ways)."""
-    x, y = (c[:k].transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))
+    x, y = common.seen(task, k)
     return x, (y > 0).float()
 
 
@@ -344,7 +344,7 @@ def get_extraction_args(argv):
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="writes to its features/BACKBONE/ (default: $IAI_DATA or data/)")
     add("--batch", type=common.count, default=64, help="images in a forward pass")
     add("--workers", type=common.number(int, 0), default=os.cpu_count(), help="processes that decode images; 0: none but this one")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
     args.device, _, _ = common.pick_device(args.device, "auto")
     socket.setdefaulttimeout(20)
@@ -608,7 +608,6 @@ def extract(argv):
 def plot(out):
     common.plot_steps(out, common.read_results(out, "imagenet"))
     print(f"plot: {out}/error.png")
-    common.plot_race(out)
 
 
 def main(argv=None):
@@ -628,12 +627,6 @@ def main(argv=None):
     for split, features in data.items():
         metrics[split], baselines[split] = evaluate(model, features, args)
     common.write_results(args, model, data["id"].name, iterations, seconds, metrics, baselines)
-    if args.baseline:
-        import bench
-
-        features = data["id"]
-        problem = bench.Problem(predictor, (features.train.x.shape[1] + 1) * args.ways, loss, error)
-        bench.race(model, lambda B, K: sample_tasks(features, B, K, args), problem, args, list(NAMES).index(features.key))
     plot(args.out)
 
 

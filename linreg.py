@@ -8,17 +8,17 @@ mini-batch of `--context` observations. The metric is the squared error on held-
     python linreg.py --regime implicit              # 0.35
 """
 
+import common  # before torch: it answers --help by itself
+from common import Task, refine
+
 import torch
 import torch.nn as nn
-
-import common
-from common import Task, refine
 
 PRESETS = {"paper": dict(dim=100, context=100, queries=100, tasks=128, width=256, depth=4, heads=4, latent=256, hidden=512, iters=50_000, lr=3e-4)}
 
 
 def get_args(argv=None):
-    parser = common.make_parser("linreg", __doc__, predictor=True)
+    parser = common.make_parser("linreg", __doc__, eval_steps=True)
     add = parser.add_argument_group("linear regression").add_argument
     add("--dim", type=common.count, default=16, help="dimension of x")
     add("--noise", type=common.number(float, 0, strict=True), default=0.5, help="standard deviation of the noise")
@@ -135,9 +135,7 @@ def evaluate(model, args):
     metric, ours, oracle, first, nothing, product = make_metric(args), [], [], [], [], []
     for task in common.evaluation_tasks(lambda B: sample_tasks(B, args.eval_steps, args), args.eval_tasks):
         ours.append(common.evaluate(model, task, metric))
-        x, y = (c.transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))  # (B, K * N, ...)
-        seen = range(args.context, x.shape[1] + 1, args.context)
-        answers = [ridge(x[:, :n], y[:, :n], task.query_x, args.noise) for n in seen]
+        answers = [ridge(*common.seen(task, k), task.query_x, args.noise) for k in range(1, args.eval_steps + 1)]
         oracle.append(torch.stack([metric(a, task.query_y).mean(1) for a in answers], 1))
         first.append(oracle[-1][:, :1])
         answers = posterior_product(zip(task.context_x, task.context_y), task.query_x, args.noise)
@@ -164,7 +162,6 @@ def data_name(args):
 def plot(out):
     common.plot_steps(out, common.read_results(out, "linreg"), log_scale=True)
     print(f"plot: {out}/error.png")
-    common.plot_race(out)
 
 
 def main(argv=None):
@@ -175,10 +172,6 @@ def main(argv=None):
     iterations, seconds = common.trained(args) if args.eval else train(model, args)
     metrics, baselines = evaluate(model, args)
     common.write_results(args, model, data_name(args), iterations, seconds, metrics, baselines)
-    if args.baseline:
-        import bench
-
-        bench.race(model, lambda B, K: sample_tasks(B, K, args), bench.Problem(predictor, args.dim, loss, make_metric(args)), args)
     plot(args.out)
 
 

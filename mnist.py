@@ -14,13 +14,13 @@ import os
 import socket
 from pathlib import Path
 
+import common  # before torch: it answers --help by itself
+from common import Task, refine
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-import common
-from common import Task, refine
 
 CLASSES = 10
 OTHER = {"mnist": "fmnist", "fmnist": "mnist", "glyphs": "letters"}  # what each dataset is tested on out of distribution
@@ -29,7 +29,7 @@ PRESETS = {"paper": dict(context=100, queries=100, tasks=128, width=256, depth=4
 
 
 def get_args(argv=None):
-    parser = common.make_parser("mnist", __doc__, predictor=True)
+    parser = common.make_parser("mnist", __doc__, eval_steps=True)
     add = parser.add_argument_group("the data").add_argument
     add("--dataset", choices=("auto", "mnist", "fmnist", "glyphs"), default="auto", help="auto: mnist, or drawn digits where it cannot be had")
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="where torchvision's MNIST/ and FashionMNIST/ lie or go (default: $IAI_DATA or data/)")
@@ -244,13 +244,12 @@ def evaluate(model, images, dataset, args):
     tasks = common.evaluation_tasks(lambda B: sample_tasks(images, B, args.eval_steps, args), args.eval_tasks, stream=list(NAMES).index(dataset))
     for task in tasks:
         ours.append(common.evaluate(model, task, error))
-        x, y = (c.transpose(0, 1).flatten(1, 2) for c in (task.context_x, task.context_y))  # (B, K * N, ...)
-        w, rows = torch.zeros(len(x), args.dim + 1, CLASSES, device=x.device), {name: [] for name in rivals}
-        for n in range(args.context, x.shape[1] + 1, args.context):
-            w = logistic_regression(x[:, :n], y[:, :n], w)
+        w, rows = torch.zeros(len(task.query_x), args.dim + 1, CLASSES, device=args.device), {name: [] for name in rivals}
+        for x, y in (common.seen(task, k) for k in steps):
+            w = logistic_regression(x, y, w)
             rows["logistic regression"].append(F.pad(task.query_x, (0, 1), value=1.0) @ w)
-            rows["nearest neighbour"].append(nearest_neighbour(x[:, :n], y[:, :n], task.query_x))
-            rows["majority label"].append(y[:, :n].mean(1, keepdim=True).expand_as(task.query_y))
+            rows["nearest neighbour"].append(nearest_neighbour(x, y, task.query_x))
+            rows["majority label"].append(y.mean(1, keepdim=True).expand_as(task.query_y))
         for name, answers in rows.items():
             rivals[name].append(torch.stack([error(a, task.query_y).mean(1) for a in answers], 1))
     return common.summary(ours, name="error %", data=NAMES[dataset]), {k: common.summary(v, steps) for k, v in rivals.items()}
@@ -262,7 +261,6 @@ def evaluate(model, images, dataset, args):
 def plot(out):
     common.plot_steps(out, common.read_results(out, "mnist"))
     print(f"plot: {out}/error.png")
-    common.plot_race(out)
 
 
 def main(argv=None):
@@ -280,10 +278,6 @@ def main(argv=None):
     else:
         metrics["ood"], baselines["ood"] = evaluate(model, other, OTHER[args.dataset], args)
     common.write_results(args, model, NAMES[args.dataset], iterations, seconds, metrics, baselines)
-    if args.baseline:
-        import bench
-
-        bench.race(model, lambda B, K: sample_tasks(images, B, K, args), bench.Problem(predictor, (args.dim + 1) * CLASSES, loss, error), args, list(NAMES).index(args.dataset))
     plot(args.out)
 
 

@@ -14,13 +14,13 @@ import collections
 import math
 import os
 
+import common  # before torch: it answers --help by itself
+from common import Task, refine
+
 import numpy as np
 import torch
 import torch.nn as nn
 from scipy.optimize import linear_sum_assignment
-
-import common
-from common import Task, refine
 
 # paper: up to 100 clusters. sibling: width, depth, heads, tasks. choice: the rest.
 PRESETS = {"paper": dict(max_clusters=100, context=200, queries=256, tasks=128, width=256, depth=4, heads=4, iters=50_000, lr=3e-4, points=512)}
@@ -309,8 +309,7 @@ def frame(ax, truth):
 
 def plot_grid(path, batches, generated, truth, K, title):
     """Tasks x {context, 1 step, K / 2, K, truth}; the truth is grey under all generated points."""
-    import matplotlib.pyplot as plt
-
+    plt = common.pyplot()
     shown = sorted({1, (K + 1) // 2, K})
     tasks, columns = min(6, len(truth)), len(shown) + 2
     fig, axes = plt.subplots(tasks, columns, figsize=(1.9 * columns, 1.9 * tasks + 0.6), squeeze=False)
@@ -329,15 +328,14 @@ def plot_grid(path, batches, generated, truth, K, title):
         ax.set_title(name, fontsize=9)
     fig.suptitle(title, fontsize=10)
     fig.tight_layout(h_pad=0.3, w_pad=0.3)
-    common.replace_file(path, lambda temporary: fig.savefig(temporary, dpi=90, format="png"))
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=90)
 
 
 def plot_gif(path, batches, generated, truth, K, title):
     """What the same noise becomes after 0, 1, ... K mini-batches, moving from each to the next; the new context in orange."""
-    import matplotlib.pyplot as plt
     from PIL import Image
 
+    plt = common.pyplot()
     fig, axes = plt.subplots(2, 4, figsize=(8, 4.5))
     tasks = list(zip(range(len(truth)), axes.flat))
     for i, ax in tasks:
@@ -365,9 +363,7 @@ def plot_gif(path, batches, generated, truth, K, title):
 
 def plot_excess(path, results):
     """W2 and W1 beyond the floor against the step: how far each row is from being as good as fresh points."""
-    import matplotlib.pyplot as plt
-
-    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # as in error.png
+    plt, colors = common.pyplot(), common.COLORS
     panels = [(split, key) for split in results["metrics"] for key in ("excess", "w1_excess")]
     fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.7))
     for ax, (split, key) in zip(axes, panels):
@@ -382,8 +378,7 @@ def plot_excess(path, results):
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
     fig.tight_layout()
-    common.replace_file(path, lambda temporary: fig.savefig(temporary, dpi=110, format="png"))
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=110)
 
 
 def plot(out, script="mog_flow"):

@@ -11,13 +11,13 @@ over K mini-batches of `--context` rows. Removing the likeliest leaf and asking 
 import math
 import os
 
+import common  # before torch: it answers --help by itself
+from common import Task, refine
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-import common
-from common import Task, refine
 
 MECHANISMS = ("lin", "rff")
 # sibling: width, depth, heads, 20 and 50 nodes (FiP, Cond-FiP). choice: the rest.
@@ -41,8 +41,6 @@ def get_args(argv=None):
         common.fail(f"--state {args.state}: a node's state is its leaf logit (use --state logits)")
     if args.mask != "none":
         common.fail("--mask causal: rows and nodes are sets that attend to each other both ways (use --mask none)")
-    if args.device.startswith("mps"):
-        common.fail("--device mps has no float64, which simulating needs (use --device cpu)")
     if args.queries is not None:
         common.fail("--queries: every node of a graph is a query; set their number with --nodes")
     return args
@@ -480,8 +478,7 @@ def draw_order(ax, edges, order, title):
 
 def plot_orders(path, results):
     """The first graph of each evaluation at the size trained on: a true order, and those inferred from 1 and from K mini-batches."""
-    import matplotlib.pyplot as plt
-
+    plt = common.pyplot()
     K, size = results["args"]["steps"], results["args"]["nodes"]
     panels = [m for split, m in results["metrics"].items() if split.endswith(f"_{size}")]
     shown = list(dict.fromkeys((1, K)))
@@ -496,8 +493,7 @@ def plot_orders(path, results):
             draw_order(ax, edges, order, f"after {k} step{'s' * (k > 1)}: {wrong} of {len(edges)} edges wrong")
     fig.suptitle("the first evaluation graph of each kind; edges that the order turns round are red", fontsize=10)
     fig.tight_layout()
-    common.replace_file(path, lambda temporary: fig.savefig(temporary, dpi=100, format="png"))
-    plt.close(fig)
+    common.save_figure(fig, path, dpi=100)
 
 
 def plot(out):

@@ -21,19 +21,22 @@ def load(name):
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def read(name):
-    """The results of a command, averaged over the seeds that were run; None if it was not run.
+def merge(rows):
+    """The same row of several seeds, averaged. Seeds share their evaluation tasks: a standard error holds the tasks' and the seeds'."""
+    over_seeds = [stdev(step) / len(rows) ** 0.5 for step in zip(*(row["mean"] for row in rows))]
+    over_tasks = [mean(step) for step in zip(*(row["stderr"] for row in rows))]
+    return {"mean": [mean(step) for step in zip(*(row["mean"] for row in rows))], "stderr": list(map(math.hypot, over_tasks, over_seeds))}
 
-    Seeds share their evaluation tasks. A standard error holds both: the tasks' and, where there are several seeds, the seeds'.
-    """
+
+def read(name):
+    """The results of a command, averaged over the seeds that were run; None if it was not run."""
     found = [r for r in (load(name), *(load(f"{name}.seed{seed}") for seed in range(1, 10))) if r]
     if not found:
         return None
     for split, m in found[0]["metrics"].items() if len(found) > 1 else ():
         seeds = [r["metrics"][split] for r in found]
-        over_seeds = [stdev(step) / len(found) ** 0.5 for step in zip(*(s["mean"] for s in seeds))]
-        m["stderr"] = [math.hypot(mean(tasks), own) for tasks, own in zip(zip(*(s["stderr"] for s in seeds)), over_seeds)]
-        m["mean"] = [mean(step) for step in zip(*(s["mean"] for s in seeds))]
+        beside = {key: merge([s[key] for s in seeds]) for key in m if isinstance(m[key], dict)}  # such as the excess of a W2
+        m.update(merge(seeds) | beside)
     return found[0] | {"seeds": len(found), "cpu_seconds": mean(r.get("cpu_seconds", r["train_seconds"]) for r in found)}
 
 
@@ -128,16 +131,17 @@ def special():
 
 
 def lengths():
-    """The headline rows, trained on 1, 5 and 10 mini-batches."""
+    """The headline rows, trained on 1, 5 and 10 mini-batches; on MNIST 5 and 10 also for as long as each other."""
     files = {
-        "parametric regression": ("linreg-hypernetwork", "linreg", "linreg-k10"), "implicit regression": ("linreg-icl", "linreg-implicit", "linreg-implicit-k10"),
-        "implicit MNIST, error %": ("mnist-icl", "mnist", "mnist-k10"),
-    }  # fmt: skip
+        "parametric regression": {"1": "linreg-hypernetwork", "5": "linreg", "10": "linreg-k10"},
+        "implicit regression": {"1": "linreg-icl", "5": "linreg-implicit", "10": "linreg-implicit-k10"},
+        "implicit MNIST, error %": {"1": "mnist-icl", "5": "mnist", "5, twice as long": "mnist-long", "10, half as long": "mnist-k10-short", "10": "mnist-k10"},
+    }
     rows = []
     for label, names in files.items():
-        for K, r in zip((1, 5, 10), map(read, names)):
+        for K, r in zip(names, map(read, names.values())):
             cells = [command(r), r["seeds"], *(at(r["metrics"]["id"], k, 1 if "%" in label else 3) for k in (1, 2, 5, 10))] if r else [NOT_RUN]
-            rows.append([label if K == 1 else "", K, *cells, *[""] * (6 - len(cells))])
+            rows.append([label if K == "1" else "", K, *cells, *[""] * (6 - len(cells))])
     return table(["", "trained on", "command", "seeds", "1", "2", "5", "10"], rows)
 
 
@@ -158,13 +162,13 @@ def race():
     """Rivals of the parametric regime on the same tasks, where each ends, and the model when it is as good."""
     results = load("race-linreg")
     if not results:
-        return table(["`python linreg.py --baseline adam,sgd,lbfgs,maml`"], [[NOT_RUN]])
+        return table(["`python results/race.py out/linreg/checkpoint.pt`"], [[NOT_RUN]])
     rows = []
     for name, row in results["rows"].items():
         end = row["end"]
         ratio = "" if "faster" not in row else "never as good" if row["faster"] is None else f"{row['faster']:.2g} ×"
         rows.append([name, f"{row['mean'][end]:.3f} ± {row['stderr'][end]:.3f}", f"{1000 * row['seconds'][end]:.1f}", row["observations"][end], ratio])
-    head = f"{command(results)}: {results['machine']}, {results['threads']} thread(s), {results['dtype']}, {results['batch']} tasks at once, seed {results['seed']}."
+    head = f"{command(results)}: {results['machine']}, {results['threads']} thread(s), {results['dtype']}, {results['batch']} tasks at once, seed {results['args']['seed']}."
     return head + "\n\n" + table(["", results["metric"], "ms", "observations seen", "this model gets there sooner by"], rows)
 
 
@@ -174,12 +178,11 @@ def cost():
     for name in ("cost-linreg", "cost-mnist"):
         found = load(name)
         if not found:
-            text.append(table([f"`python bench.py --cost` ({name[5:]})"], [[NOT_RUN]]))
+            text.append(table([f"`python results/cost.py out/{name[5:]}/checkpoint.pt`"], [[NOT_RUN]]))
             continue
-        c = found["cost"]
-        rows = [[label, key, *(f"{v:.3g}" for v in c[form][field]), f"K^{c[form][key + '^']:.2f}" if key != c["metric"] else ""]
-                for key, field in (("ms", "ms"), ("MB", "MB"), (c["metric"], "mean")) for form, label in (("steps", "K steps"), ("one", "one step"))]  # fmt: skip
-        text.append(f"{command(found)}: {c['data']}, {c['args']['regime']}, {found['machine']}, {found['dtype']}.\n\n" + table(["", "", *(f"K = {k}" for k in c["steps"]["steps"]), "from K = 8"], rows))
+        rows = [[label, key, *(f"{v:.3g}" for v in found[form][field]), f"K^{found[form][key + '^']:.2f}" if key != found["metric"] else ""]
+                for key, field in (("ms", "ms"), ("MB", "MB"), (found["metric"], "mean")) for form, label in (("steps", "K steps"), ("one", "one step"))]  # fmt: skip
+        text.append(f"{command(found)}: {found['data']}, {found['args']['regime']}, {found['machine']}, {found['dtype']}.\n\n" + table(["", "", *(f"K = {k}" for k in found["steps"]["steps"]), "from K = 8"], rows))
     return "\n\n".join(text)
 
 
@@ -283,12 +286,13 @@ def bench():
 
 
 def sampler():
-    results = load("bench-sampler")
+    results = load("sampler")
     if not results:
         return ""
-    rows = "; ".join(f"{name.upper()} {row['ms']:.2f} against {row['loop']:.2f} ms, {row['ratio']:.1f} times faster" for name, row in results["sampler"].items())
-    ours, loop = (sum(row[key] for row in results["sampler"].values()) for key in ("ms", "loop"))
-    return f"\n\nCausal graphs, a data set of 320 rows, `{results['command']}`: {rows} than a plain numpy loop; both in equal parts, as in training: {loop / ours:.1f} times."
+    found = {name: results[name] for name in ("lin", "rff")}
+    rows = "; ".join(f"{name.upper()} {row['ms']:.2f} against {row['loop']:.2f} ms, {row['ratio']:.1f} times faster" for name, row in found.items())
+    ours, loop = (sum(row[key] for row in found.values()) for key in ("ms", "loop"))
+    return f"\n\nCausal graphs, a data set of {results['rows']} rows, {command(results)}: {rows} than a plain numpy loop; both in equal parts, as in training: {loop / ours:.1f} times."
 
 
 TABLES = {"bench": bench, "quick": quick, "linreg": linreg, "special": special, "lengths": lengths, "mnist": mnist, "fmnist": fmnist, "imagenet": imagenet, "flow": flow, "toposort": toposort, "ablations": ablations, "scaling": scaling, "race": race, "cost": cost}

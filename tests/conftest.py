@@ -9,7 +9,7 @@ import sys
 REAL_DATA = os.environ.get("IAI_DATA", "data")
 os.environ["OMP_NUM_THREADS"] = "1"  # sizes here are tiny, and subprocesses must add up in the same order as we do
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, "results")]
 REAL_DATA = os.path.join(ROOT, REAL_DATA)  # a relative folder is meant from the root
 
 import matplotlib

@@ -63,7 +63,7 @@ def test_products_are_counted_as_by_hand():
     """Implicit regression: every weight costs a product forward and two backward, but for inputs that need no gradient."""
     flags = "--dim 3 --context 5 --queries 4 --tasks 2 --width 8 --depth 2 --steps 3 --device cpu".split()
     wanted = Namespace(scripts=["linreg"], regimes=["implicit"], more=flags)
-    ((_, _, args),) = bench.get_jobs(wanted)
+    ((_, args),) = bench.get_jobs(wanted)
     D, L, n, q, tasks, steps, x = args.width, args.depth, args.context, args.queries, args.tasks, args.steps, args.dim
     _, model, train, _ = bench.load("linreg", args)
     args.iters = 3
@@ -108,13 +108,13 @@ def test_a_product_has_a_speed():
 def test_every_script_is_driven_by_its_own_training(script, drawn, monkeypatch):
     monkeypatch.setattr(mnist, "draw_glyphs", lambda characters, size, seed: (np.eye(28, dtype=np.uint8) * np.arange(20, 40)[:, None, None], np.arange(20) % 10))
     monkeypatch.setattr(common, "Journal", bench.Clock)
-    ((_, _, args),) = bench.get_jobs(Namespace(scripts=[script], regimes=["implicit"], more=TOY.split()))
+    ((_, args),) = bench.get_jobs(Namespace(scripts=[script], regimes=["implicit"], more=TOY.split()))
     name, model, train, sample = bench.load(script, args)
-    assert drawn in name and sample().context_x.shape[:3] == (2, 4, 5)
+    assert drawn in name and sample(args.tasks, args.steps).context_x.shape[:3] == (2, 4, 5)
     args.steps, args.iters = 3, 2
     before = [p.clone() for p in model.parameters()]
     last, seconds = train(model)
-    assert last == 1 and seconds > 0 and sample().context_x.shape[:3] == (3, 4, 5)
+    assert last == 1 and seconds > 0 and sample(args.tasks, args.steps).context_x.shape[:3] == (3, 4, 5)
     assert not all(torch.equal(p, q) for p, q in zip(before, model.parameters())) and os.listdir() == []
 
 
@@ -147,155 +147,7 @@ def test_table_and_file_say_the_same(monkeypatch, capsys):
         assert any(line.split()[:3] == [script, regime, f"{table['ms']:.2f}"] for line in printed.splitlines())
 
 
-# ---------------------------------------------------------------- other optimizers as rivals
-
-
-def objective(predictor, loss):
-    return lambda w, x, y: loss(predictor(w, x), y).mean(-1).sum()
-
-
-@pytest.mark.parametrize("make,rate", [(torch.optim.Adam, 0.1), (torch.optim.SGD, 30.0)])
-def test_all_tasks_at_once_are_as_each_alone(make, rate):
-    """A step on each mini-batch, against torch.optim on one task's weight and bias with PyTorch's cross-entropy."""
-    dim, batches = 3, [(torch.randn(4, 9, 3), F.one_hot(torch.randint(10, (4, 9)), 10).float()) for _ in range(5)]
-    start = torch.randn(4, (dim + 1) * 10)
-    w = start.clone().requires_grad_()
-    *_, found = bench.descend(make([w], rate), w, batches, objective(mnist.predictor, mnist.loss))
-    for b in range(4):
-        weight, bias = (p.clone().requires_grad_() for p in (start[b, : dim * 10].view(dim, 10), start[b, dim * 10 :]))
-        optimizer = make([weight, bias], rate)
-        for x, y in batches:
-            optimizer.zero_grad()
-            F.cross_entropy((x[b] @ weight + bias) / dim**0.5, y[b].argmax(-1)).backward()
-            optimizer.step()
-        torch.testing.assert_close(found[b], torch.cat([weight.flatten(), bias]).detach(), rtol=1e-3, atol=1e-4)
-
-
-def test_lbfgs_over_all_tasks_reaches_least_squares_of_each():
-    x, y = torch.randn(5, 20, 4), torch.randn(5, 20, 1)
-    w = torch.zeros(5, 4, requires_grad=True)
-    lbfgs = torch.optim.LBFGS([w], max_iter=5, max_eval=50, history_size=10, line_search_fn="strong_wolfe")
-    *_, found = bench.descend(lbfgs, w, [(x, y)] * 20, objective(linreg.predictor, linreg.loss))
-    torch.testing.assert_close(found, 2 * torch.linalg.lstsq(x, y).solution[..., 0], rtol=1e-3, atol=1e-4)  # the predictor divides by 2
-
-
-def maml(predictor, loss, size):
-    problem = bench.Problem(predictor, size, loss, None)
-    return lambda start, log_rate, task, order: bench.meta_loss(start, log_rate, task, problem, objective(predictor, loss), order)
-
-
-def test_second_order_slopes_are_those_of_finite_differences_and_first_order_ones_are_not():
-    torch.manual_seed(0)
-    y = lambda *shape: F.one_hot(torch.randint(10, shape), 10).double()
-    task = common.Task(torch.randn(3, 4, 6, 2).double(), y(3, 4, 6), torch.randn(4, 5, 2).double(), y(4, 5))
-    value, start, log_rate = maml(mnist.predictor, mnist.loss, 30), torch.randn(30).double(), torch.tensor(1.0).double()
-    slopes = {order: torch.func.grad(value, argnums=(0, 1))(start, log_rate, task, order) for order in (1, 2)}
-    h = 1e-5
-    for i in range(30):
-        shift = h * torch.eye(30)[i].double()
-        expected = (value(start + shift, log_rate, task, 2) - value(start - shift, log_rate, task, 2)) / (2 * h)
-        assert slopes[2][0][i].item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-8)
-    expected = (value(start, log_rate + h, task, 2) - value(start, log_rate - h, task, 2)) / (2 * h)
-    assert slopes[2][1].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert (slopes[1][0] - slopes[2][0]).norm() > 0.01 * slopes[2][0].norm()
-
-
-def test_slopes_of_one_step_on_a_quadratic_as_by_hand():
-    """w' = w - a (H w - b): of second order the slope at w' goes back through I - a H, of first order it is taken as it is."""
-    torch.manual_seed(0)
-    B, N, P, a = 3, 7, 4, 0.3
-    task = common.Task(*(torch.randn(*shape).double() for shape in ((1, B, N, P), (1, B, N, 1), (B, 5, P), (B, 5, 1))))
-    start, value = torch.randn(P).double(), maml(linreg.predictor, linreg.loss, P)
-    by_order = {1: 0, 2: 0}
-    for b in range(B):
-        (H, c), (H_query, c_query) = ((2 / len(y) * x.T @ x / P, 2 / len(y) * x.T @ y[:, 0] / P**0.5) for x, y in ((task.context_x[0, b], task.context_y[0, b]), (task.query_x[b], task.query_y[b])))
-        slope = H_query @ (start - a * (H @ start - c)) - c_query
-        by_order[1] = by_order[1] + slope / B
-        by_order[2] = by_order[2] + (slope - a * H @ slope) / B
-    for order, expected in by_order.items():
-        torch.testing.assert_close(torch.func.grad(value)(start, torch.tensor(math.log(a)).double(), task, order), expected)
-
-
-def test_meta_training_finds_the_mean_of_the_tasks():
-    """All tasks have the same weights: then the best start is these."""
-    truth = torch.tensor([1.0, -2.0])
-
-    def sample(B, K):
-        x = torch.randn(K + 1, B, 8, 2)
-        y = (x @ truth / 2**0.5)[..., None]
-        return common.Task(x[:-1], y[:-1], x[-1], y[-1])
-
-    problem = bench.Problem(linreg.predictor, 2, linreg.loss, None)
-    args = Namespace(tasks=4, steps=1, seed=0, device="cpu")
-    start, rate, iterations = bench.meta_train(sample, problem, objective(linreg.predictor, linreg.loss), 0.01, 2, 2.0, args)
-    assert iterations > 100 and rate > 0 and (start - truth).norm() < 0.7 * truth.norm()
-
-
-def test_how_many_times_faster():
-    ours = {"mean": [9, 3, 2.01, 1.5], "seconds": [1, 2, 3, 4]}
-    rival = lambda *mean: {"mean": list(mean), "seconds": [10 * (i + 1) for i in range(len(mean))], "end": len(mean) - 1}
-    assert bench.faster(ours, rival(8, 4, 3)) == 30 / 2
-    assert bench.faster(ours, rival(8, 2.005, 2)) == 20 / 3, "both within 1% of what it ends at"
-    assert bench.faster(ours, rival(8, 1.4)) is None
-
-
-RACERS = {"adam": 4, "sgd": 2, "lbfgs": 1, "maml": 2}  # curves of each
-
-
-@pytest.mark.parametrize("script,regime", [("linreg", "parametric"), ("linreg", "explicit"), ("mnist", "implicit"), ("imagenet", "implicit")])
-def test_a_race_of_all_rivals_on_the_tasks_of_the_evaluation(script, regime, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "MARKS", [1, 2, 7])
-    monkeypatch.setattr(bench, "RATES", [0.1, 1.0, 1e30])
-    call(script, f"--regime {regime} --out run")
-    call(script, "--eval run/checkpoint.pt --eval-steps 3 --baseline adam,sgd,lbfgs,maml --baseline-seconds 0.05", tiny=False)
-    printed, report, results = capsys.readouterr().out, json.load(open("run/eval/race.json")), json.load(open("run/eval/results.json"))
-    rows, evaluated = report["rows"], results["metrics"]["id"]
-    assert len(rows) == 1 + sum(RACERS.values()) and report["metric"] == evaluated["name"] and report["data"] == results["data"]
-    assert rows["this model"]["mean"] == pytest.approx(evaluated["mean"][1:]), "the same tasks"
-    assert {name: run["seconds"] for name, run in report["meta_training"].items()} == {"MAML": 0.05, "first-order MAML": 0.05}
-    for name, row in rows.items():
-        assert row["observations"] == ([10] * (row["end"] + 1) if "all data" in name else [5, 10, 15]), "K = 2 mini-batches of 5"
-        assert len(row["mean"]) == len(row["loss"]) == len(row["seconds"]) == len(row["observations"]) == len(row["steps"])
-        assert all(map(math.isfinite, row["mean"] + row["loss"])) and row["seconds"] == sorted(row["seconds"])
-        assert script != "linreg" or row["rate"] != 1e30, "picked by what it does"
-        assert name == "this model" or (any(line.startswith(f"{name}: ") for line in printed.splitlines()) and row["faster"] == bench.faster(rows["this model"], row))
-    before = os.path.getmtime("run/eval/race.png")
-    call(script, "--plot-only run/eval", tiny=False)
-    assert os.path.getmtime("run/eval/race.png") > before
-
-
-def test_some_rivals_in_a_training_run(monkeypatch):
-    monkeypatch.setattr(bench, "MARKS", [1, 2])
-    call("linreg", "--baseline sgd,lbfgs --out run")
-    assert set(json.load(open("run/race.json"))["rows"]) == {"this model", "SGD", "SGD, all data", "L-BFGS, all data"}
-    call("linreg", "--overwrite --seed 1 --out run")
-    assert not os.path.exists("run/race.json"), "of the run before"
-
-
-# ---------------------------------------------------------------- cost
-
-
-@pytest.mark.parametrize("script", ("linreg", "mnist"))
-def test_cost_of_steps_beside_one_on_all(script, finished, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "COST_KS", (1, 2, 4))
-    bench.main(["--cost", str(finished(script) / "checkpoint.pt"), "--out", "new/c.json"])
-    report, evaluated = json.load(open("new/c.json")), json.load(open(finished(script) / "results.json"))["metrics"]["id"]
-    cost, printed = report["cost"], capsys.readouterr().out
-    assert os.path.exists("new/c.png") and cost["note"] in printed and cost["data"] == evaluated["data"] and cost["metric"] == evaluated["name"]
-    assert cost["steps"]["mean"] == pytest.approx([evaluated["mean"][k] for k in (1, 2, 4)]), "the evaluation's own tasks"
-    assert cost["one"]["mean"][0] == pytest.approx(cost["steps"]["mean"][0]) and cost["one"]["mean"][1:] != cost["steps"]["mean"][1:]
-    assert cost["one"]["MB"][2] > 1.5 * cost["one"]["MB"][0] and cost["steps"]["MB"][2] < 1.2 * cost["steps"]["MB"][0]
-    for form in ("steps", "one"):
-        for key in ("ms", "MB"):
-            assert cost[form][f"{key}^"] == pytest.approx(np.polyfit(np.log([1, 2, 4]), np.log(cost[form][key]), 1)[0], abs=1e-3)
-
-
-def test_cost_of_another_script_is_refused(finished, capsys):
-    refused(capsys, "toposort", "bench", "--cost", finished("toposort") / "checkpoint.pt", tiny=False)
-
-
 WRONG = [  # flags, what the line must name
-    ("--cost nothing.pt", "nothing.pt"),
     ("--scripts linear", "--scripts"),
     ("--regimes magic", "--regimes"),
     ("--scripts mog_flow --regimes explicit", "mog_flow"),

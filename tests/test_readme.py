@@ -14,11 +14,10 @@ import common
 
 from conftest import ROOT
 
-sys.path.insert(0, os.path.join(ROOT, "results"))
 import tables
 
 README = open(os.path.join(ROOT, "README.md")).read()
-RESULTS = [name for name in sorted(os.listdir(os.path.join(ROOT, "results"))) if name.endswith(".json") and not name.startswith(("bench", "cost", "ablations"))]
+RESULTS = [name for name in sorted(os.listdir(os.path.join(ROOT, "results"))) if name.endswith(".json") and not name.startswith(("bench", "cost", "race", "sampler", "ablations"))]
 COMMANDS = sorted(set(re.findall(r"python (\w+)\.py((?: --?[a-z0-9][^\s`|]*(?: [^\s`|#,-][^\s`|#,]*)?)*)", README)))
 
 

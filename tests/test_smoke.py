@@ -1,13 +1,19 @@
 """Every script x regime x mask runs at toy size, its variants too, and writes what it promises; and one run learns."""
 
+import contextlib
+import importlib
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from conftest import SCRIPTS, accepts, call
+import common
+from conftest import ROOT, SCRIPTS, TINY, accepts, call
 
 PAIRS = [(regime, mask) for regime in ("parametric", "explicit", "implicit") for mask in ("causal", "none")]
 VARIANTS = [
@@ -78,12 +84,59 @@ def test_smoke(script, variant, capsys):
     assert len(os.listdir()) == 1, "everything goes to --out"
 
 
+def draw(script, args, images=60):
+    """A batch of tasks of any script, on its device."""
+    s = importlib.import_module(script)
+    if script == "mnist":
+        split = torch.randn(images, 784, device=args.device), torch.randint(10, (images,), device=args.device)
+        return s.sample_tasks({"train": split, "test": split}, args.tasks, args.steps, args)
+    if script == "imagenet":
+        start, count = torch.arange(10, device=args.device), torch.ones(10, dtype=torch.long, device=args.device)
+        split = s.Split(torch.randn(10, args.dim, device=args.device), start, count)
+        return s.sample_tasks(s.Features("toy", "toy", split, split), args.tasks, args.steps, args)
+    return s.sample_tasks(args.tasks, args.steps, args)
+
+
+@pytest.mark.parametrize("script,variant", [(script, variant) for script in SCRIPTS for variant in VARIANTS if accepts(script, variant)])
+def test_nothing_of_a_training_step_is_left_behind_on_the_cpu(script, variant, monkeypatch):
+    """On the device "meta", which computes shapes alone and refuses tensors of the CPU as a GPU would."""
+    monkeypatch.setattr(common.Transformer, "autocast", lambda self, x: contextlib.nullcontext())  # it has none
+    s = importlib.import_module(script)
+    args = s.get_args([*TINY[script].split(), *variant.split()])
+    args.device = "meta"
+    task = draw(script, args)
+    like = [s.Features("toy", "toy", s.Split(task.query_x[0], None, None), None)] if script == "imagenet" else []
+    model = s.make_model(*like, args).train()
+    for prediction in common.refine(model, task):
+        loss = s.loss(prediction, task.query_y, *([task.query_x] if script == "toposort" else []))
+        loss.mean().backward()
+    assert prediction.device.type == "meta" and any(p.grad is not None for p in model.parameters())
+    model.eval()
+    assert [p.device.type for p in common.refine(model, task)] == ["meta"] * args.steps
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_default_folder_is_named_after_the_script_and_what_differs(script):
     name, value = ("regime", "explicit") if accepts(script, "explicit") else ("history", "2")
     call(script, f"--{name} {value}")
     (folder,) = os.listdir("out")
     assert folder.startswith(script) and f"{name}_{value}" in folder and "width" in folder and "device" not in folder
+
+
+PROGRAMS = [*(f"{name}.py" for name in ("linreg", "mnist", "imagenet", "toposort", "mog_flow", "alphabets", "bench")), *(f"results/{name}.py" for name in ("race", "cost", "sampler"))]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_loads_nothing_heavy_and_says_the_same(program, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # reading flags takes over Ctrl-C
+    command = [sys.executable, "-X", "importtime", os.path.join(ROOT, program), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "common" in loaded and not {"torch", "numpy", "scipy", "torchvision", "matplotlib"} & loaded
+    with pytest.raises(SystemExit):
+        importlib.import_module(os.path.basename(program).removesuffix(".py")).get_args(["--help"])
+    assert capsys.readouterr().out == done.stdout and "--overwrite" in done.stdout
 
 
 def test_a_small_model_learns():

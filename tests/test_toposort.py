@@ -11,7 +11,7 @@ import torch
 
 import common
 import toposort
-from bench import simulate_loop
+from sampler import simulate_loop
 from common import Task, refine
 from conftest import call
 

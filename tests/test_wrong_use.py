@@ -53,11 +53,6 @@ FLAGS = [  # flags, what the line must name
     ("--eval-tasks 0", "--eval-tasks"),
     ("--seed -1", "--seed"),
     *((f"--eval-steps {number}", "--eval-steps") for number in (0, -1, "all")),
-    ("--baseline nonsense", "nonsense"),
-    ("--baseline adam,,sgd", "--baseline"),
-    ("--baseline=", "--baseline"),
-    ("--baseline-seconds 0", "--baseline-seconds"),
-    ("--baseline adam --baseline-seconds 9", "--baseline"),
     ("--lr 0", "--lr"),
     ("--lr -1e-3", "--lr"),
     ("--lr nan", "--lr"),
@@ -67,6 +62,7 @@ FLAGS = [  # flags, what the line must name
     ("--mask lower", "--mask"),
     ("--state gas", "--state"),
     ("--preset huge", "--preset"),
+    ("--device mps", "float64"),
     ("--dtype float8", "--dtype"),
     ("--width 9 --heads 2", "--heads"),
     ("--regime implicit --signal grad", "--signal"),
@@ -228,13 +224,6 @@ def test_a_damaged_log(flag, finished_copy, capsys):
     folder = finished_copy("linreg")
     write(folder / "log.jsonl", b"not json\n")
     refused(capsys, "log.jsonl", "linreg", flag, folder, tiny=False)
-
-
-@pytest.mark.parametrize("content", (b"", b"[1]", b"{}"))
-def test_a_damaged_race(content, finished_copy, capsys):
-    folder = finished_copy("linreg")
-    write(folder / "race.json", content)
-    refused(capsys, "race.json", "linreg", "--plot-only", folder, tiny=False)
 
 
 # ---------------------------------------------------------------- --out
