@@ -318,7 +318,7 @@ class Implicit(nn.Module):
     def __init__(self, args, x_dim, y_dim, loss=None):
         super().__init__()
         self.history, self.causal, self.carried, self.kind = args.history, args.mask == "causal", args.carry, args.state
-        self.adds = args.update == "residual"
+        self.adds, self.scale = args.update == "residual", args.state_scale
         D, S = args.width, (args.width if args.state == "latent" else y_dim)
         self.initial = nn.Parameter(torch.zeros(S))
         self.observation = nn.Linear(x_dim + y_dim, D)
@@ -355,9 +355,9 @@ class Implicit(nn.Module):
 
     def read(self, past, memories, query_x, visible=None, step=0):
         state = past[-1].softmax(-1) if self.kind == "softmax" else past[-1]
-        tokens = self.query(torch.cat([query_x, state], -1)) + self.query_embedding  # (B, Q, D)
+        tokens = self.query(torch.cat([query_x, self.scale * state], -1)) + self.query_embedding  # (B, Q, D)
         if self.older is not None:
-            tokens = tokens + self.older(torch.cat(past[:-1], -1))
+            tokens = tokens + self.older(self.scale * torch.cat(past[:-1], -1))
         if self.clock is not None:
             tokens = tokens + self.clock / (step + 1)  # the weight of a new mini-batch in an average of all
         h = self.transformer.read(tokens, memories, visible)
@@ -484,6 +484,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--decoder", choices=("span", "linear"), default="span", help="updates of parametric and explicit states: pulled back through the predictor at the data, or read off one token")
     add("--update", choices=("residual", "direct"), default="residual", help="the model's output is a change of the state, or the next state (not for --decoder span)")
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
+    add("--state-scale", type=number(float, 0), default=1.0, help="what an implicit query is shown of its state is times this; 0 hides it")
     add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
     add("--carry", choices=("full", "random"), default="full", help="in training, hand over states of whole mini-batches (full) or of random prefixes (random)")
     add("--latent", type=count, default=64, help="numbers in a latent token of the explicit regime")
@@ -579,6 +580,7 @@ def check(args, given):
         (args.width % args.heads, f"--width {args.width} is not divisible by --heads {args.heads}"),
         (args.tasks % RANKS, f"--tasks {args.tasks} is not divisible by the {RANKS} ranks that share them"),
         (not implicit and args.state != "logits", f"--state {args.state} is for --regime implicit; the state of --regime {args.regime} is given by the regime"),
+        (not implicit and "state_scale" in given, "--state-scale is for --regime implicit"),
         (args.latent_tokens > 1 and not (explicit and args.mask == "none"), "--latent-tokens above 1 needs --regime explicit --mask none (a causal mask reads the latent at every observation)"),
         (implicit and "decoder" in given, "--decoder is for the updates of --regime parametric and explicit; implicit states are decoded as predictions"),
         (not implicit and args.decoder == "span" and args.update == "direct", "--update direct needs --decoder linear; in the span of the data there are changes only"),

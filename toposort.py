@@ -251,7 +251,7 @@ class LeafPredictor(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.history, self.carried, self.depth, D = args.history, args.carry, args.depth, args.width
-        self.adds = args.update == "residual"
+        self.adds, self.scale = args.update == "residual", args.state_scale
         self.initial = nn.Parameter(torch.zeros(()))  # one for all nodes, which have no names
         self.cell = nn.Sequential(nn.Linear(5 + args.history, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
         self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
@@ -272,7 +272,7 @@ class LeafPredictor(nn.Module):
         if self.training:  # one random number of rows a step for the whole batch (sec. 11.4)
             x = x[:, : int(common.draw_size(self.carried, x.shape[1], ()))]
         B, N, d = x.shape
-        inputs = [x, *linear_residual(x, alive), *kernel_residual(x, alive), *(state[:, None].expand_as(x) for state in past)]
+        inputs = [x, *linear_residual(x, alive), *kernel_residual(x, alive), *(self.scale * state[:, None].expand_as(x) for state in past)]
         h = self.cell(torch.stack(inputs, -1)).transpose(1, 2).reshape(B * d, N, -1)
         if self.clock is not None:
             h = h + self.clock / (step + 1)

@@ -202,10 +202,12 @@ def plot(report, path):
     fig, axes = plt.subplots(1, 2, figsize=(12, 5.6), sharey=True)
     for (name, row), color in zip(report["rows"].items(), common.COLORS):
         style = dict(color=color, marker="o", markevery=[row["end"]], lw=2.5 if name == "this model" else 1.3, label=name)
-        axes[0].plot(row["seconds"], row["mean"], **style)
-        if len(set(row["observations"])) == 1:  # all steps see the same
-            axes[1].plot(row["observations"][-1:], row["mean"][-1:], **style | dict(markevery=None))
+        if len(set(row["observations"])) == 1:  # all steps see the same: it stops where it ends
+            end = row["end"]
+            axes[0].plot(row["seconds"][: end + 1], row["mean"][: end + 1], **style)
+            axes[1].plot(row["observations"][end], row["mean"][end], **style | dict(markevery=None))
         else:
+            axes[0].plot(row["seconds"], row["mean"], **style)
             axes[1].plot(row["observations"], row["mean"], **style)
     args = report["args"]
     axes[0].set(xlabel=f"seconds for {report['batch']} tasks at once", ylabel=report["metric"])

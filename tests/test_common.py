@@ -29,7 +29,7 @@ def linear(w, x):
 
 def settings(**changes):
     args = argparse.Namespace(
-        history=1, mask="causal", carry="full", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none",
+        history=1, mask="causal", carry="full", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0,
         width=8, depth=2, heads=2, latent=6, hidden=10,
     )  # fmt: skip
     vars(args).update(changes)
@@ -448,6 +448,16 @@ def test_an_untrained_update_stays_where_it_is(task):
             model = common.REGIMES[regime](settings(decoder=decoder), X, Y, squared_error, **extra).eval()
             past = past_states(model, task)
             assert torch.equal(model.update(past, task.context_x[0], task.context_y[0], None)[0], past[-1])
+
+
+def test_how_much_of_its_state_a_query_sees(task):
+    """A state shown at half its size is the model shown half the state; at 0 there is a change that does not depend on it."""
+    x, y = task.context_x[0], task.context_y[0]
+    whole, half, hidden = (make("implicit", update="direct", state_scale=scale, history=2).eval() for scale in (1.0, 0.5, 0.0))
+    past = [torch.randn(*whole.initial_state(task.query_x).shape) for _ in range(2)]
+    close(half.update(past, x, y, task.query_x), whole.update([0.5 * state for state in past], x, y, task.query_x))
+    close(hidden.update(past, x, y, task.query_x), hidden.update([7 * state for state in past], x, y, task.query_x))
+    assert (whole.update(past, x, y, task.query_x) - half.update(past, x, y, task.query_x)).abs().max() > 1e-3
 
 
 def test_a_softmax_state_is_read_as_probabilities_and_kept_as_logits(task):

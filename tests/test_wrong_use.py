@@ -68,6 +68,8 @@ FLAGS = [  # flags, what the line must name
     ("--regime implicit --signal grad", "--signal"),
     ("--regime implicit --signal both", "--signal"),
     ("--regime parametric --state latent", "--state"),
+    ("--regime parametric --state-scale 0.5", "--state-scale"),
+    ("--regime implicit --state-scale -1", "--state-scale"),
     ("--regime explicit --state latent", "--state"),
     ("--decoder convolution", "--decoder"),
     ("--regime implicit --decoder linear", "--decoder"),
