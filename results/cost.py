@@ -1,9 +1,10 @@
-"""K steps on N observations each beside one step on all K N of them, by a trained model: time, memory and error for K = 1 ... 32.
+"""K steps on N observations each, a vote of K one-step answers, and one step on all K N observations, by a trained model.
 
     python results/cost.py out/mnist/checkpoint.pt      # a checkpoint of linreg.py or mnist.py
 
-On the tasks of the evaluation, 32 at once. Memory is the peak of the tensors beside weights and data. Flags that are not its
-own go to the script. Writes a JSON file, and a plot beside it.
+Time, memory and error for K = 1 ... 32, on the tasks of the evaluation, 32 at once. A vote is the mean of what the model says
+(of its probabilities, for classes) after each mini-batch alone: no state is handed on. Memory is the peak of the tensors beside
+weights and data. Flags that are not its own go to the script. Writes a JSON file, and a plot beside it.
 """
 
 import itertools
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 KS = (1, 2, 4, 8, 16, 32)
-FORMS = {"steps": "K steps", "one": "one step"}
+FORMS = {"steps": "K steps", "vote": "vote of K", "one": "one step"}
 
 
 def get_args(argv=None):
@@ -32,26 +33,32 @@ def get_args(argv=None):
     return bench.read_args("results/cost.py", __doc__, add_flags, "out/cost.json", argv)
 
 
-def first(task, form, k):
-    """The first k mini-batches of a task: as they are, or as one."""
+def split(task, form, k):
+    """The first k mini-batches of a task as the model is given them: a list of (x (steps, B, n, X), y) to refine over."""
+    x, y = task.context_x[:k], task.context_y[:k]
     if form == "steps":
-        return task._replace(context_x=task.context_x[:k], context_y=task.context_y[:k])
-    x, y = common.seen(task, k)
-    return task._replace(context_x=x[None], context_y=y[None])
+        return [(x, y)]
+    return list(zip(x.split(1), y.split(1))) if form == "vote" else [tuple(part[None] for part in common.seen(task, k))]
+
+
+def solve(model, task, parts, classes):
+    """The mean over parts of the last prediction (of its probabilities, for classes) -> (B, Q, Y)."""
+    answers = (deque(common.refine(model, task._replace(context_x=x, context_y=y)), 1)[0][-1] for x, y in parts)  # keeps the last only
+    return sum(answer.softmax(-1) if classes else answer for answer in answers) / len(parts)
 
 
 @torch.no_grad()
-def measure(model, sample, metric, args, stream):
-    """-> for either form its ms and MB at every K, its error with standard error, and the slopes of log ms and log MB over the last three K."""
-    solve = lambda task: deque(common.refine(model.eval(), task), 1)[0][-1]  # keeps the last prediction only
+def measure(model, sample, metric, classes, args, stream):
+    """-> for each form its ms and MB at every K, its error with standard error, and the slopes of log ms and log MB over the last three K."""
+    model.eval()
     found = {form: {k: ([], [], []) for k in KS} for form in FORMS}  # ms and errors of every chunk, MB of the first
     for task in common.evaluation_tasks(lambda B: sample(B, KS[-1]), args.eval_tasks, stream):
         for k, form in itertools.product(KS, FORMS):
-            part, (ms, errors, mb) = first(task, form, k), found[form][k]
+            parts, (ms, errors, mb) = split(task, form, k), found[form][k]
             if not mb:
-                mb.append(bench.peak_bytes(lambda: solve(part), args.device) / 1e6)  # and everything is warm
+                mb.append(bench.peak_bytes(lambda: solve(model, task, parts, classes), args.device) / 1e6)  # and everything is warm
             start = bench.now(args.device)
-            prediction = solve(part)
+            prediction = solve(model, task, parts, classes)
             ms.append(1000 * (bench.now(args.device) - start))
             errors.append(metric(prediction, task.query_y).mean(1))
     rows = {}
@@ -68,7 +75,7 @@ def plot(report, path):
     plt = common.pyplot()
     fig, axes = plt.subplots(1, 3, figsize=(13.5, 4.2))
     for ax, key in zip(axes, ("ms", "MB", "mean")):
-        for (form, name), color, style in zip(FORMS.items(), common.COLORS, ("o-", "s--")):
+        for (form, name), color, style in zip(FORMS.items(), common.COLORS, ("o-", "^:", "s--")):
             slope = f" (as $K^{{{report[form][key + '^']:.2f}}}$)" if key != "mean" else ""
             ax.plot(KS, report[form][key], style, color=color, label=name + slope)
         common.log_axis(ax, "y")
@@ -92,7 +99,7 @@ def main(argv=None):
     metric, unit, stream = bench.scoring(script, args)
     note = f"one step on K x {args.context} observations is outside of training for K > 1: a step saw at most {args.context}, and there were {args.steps} steps"
     report = bench.header(wanted, args) | {"script": script, "args": args.description["args"], "data": data, "metric": unit, "batch": min(32, args.eval_tasks), "note": note}
-    report |= measure(model, sample, metric, args, stream)
+    report |= measure(model, sample, metric, script == "mnist", args, stream)
     print(note + "\n" + line("K", "", map(str, KS)))
     for form, name in FORMS.items():
         for key, values in (("ms", "ms"), ("MB", "MB"), (unit, "mean")):

@@ -181,7 +181,7 @@ def cost():
             text.append(table([f"`python results/cost.py out/{name[5:]}/checkpoint.pt`"], [[NOT_RUN]]))
             continue
         rows = [[label, key, *(f"{v:.3g}" for v in found[form][field]), f"K^{found[form][key + '^']:.2f}" if key != found["metric"] else ""]
-                for key, field in (("ms", "ms"), ("MB", "MB"), (found["metric"], "mean")) for form, label in (("steps", "K steps"), ("one", "one step"))]  # fmt: skip
+                for key, field in (("ms", "ms"), ("MB", "MB"), (found["metric"], "mean")) for form, label in (("steps", "K steps"), ("vote", "vote of K"), ("one", "one step"))]  # fmt: skip
         text.append(f"{command(found)}: {found['data']}, {found['args']['regime']}, {found['machine']}, {found['dtype']}.\n\n" + table(["", "", *(f"K = {k}" for k in found["steps"]["steps"]), "from K = 8"], rows))
     return "\n\n".join(text)
 
