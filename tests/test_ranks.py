@@ -46,7 +46,7 @@ def start(ranks, script, *flags):
 
 
 def ends(processes):
-    return [process.join(30) or process.exitcode for process in processes]
+    return [process.join(120) or process.exitcode for process in processes]
 
 
 def checkpoint(folder):
