@@ -136,7 +136,7 @@ def summarize(base, change):
     seeds = [m["mean"] for m in metric]  # (seeds, steps)
     what = f"python {base}, edited" if change in EDITS else f"python {base} {change}".strip()
     return {
-        "command": what, "data": metric[0]["data"], "name": metric[0]["name"], "steps": metric[0]["steps"], "trained": found[0]["args"]["steps"],
+        "command": what, "args": found[0]["args"], "data": metric[0]["data"], "name": metric[0]["name"], "steps": metric[0]["steps"], "trained": found[0]["args"]["steps"],
         "seeds": seeds, "seed_numbers": SEEDS, "mean": [mean(step) for step in zip(*seeds)], "stderr": [stdev(step) / len(SEEDS) ** 0.5 for step in zip(*seeds)],
         "tasks": metric[0]["tasks"], "cpu_seconds": [r["cpu_seconds"] for r in found], "machine": found[0]["machine"], "torch": found[0]["torch"],
     }  # fmt: skip
