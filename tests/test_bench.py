@@ -11,13 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-import torch.nn.functional as F
-
 import bench
 import common
-import linreg
 import mnist
-from conftest import call
 from test_common import K, close, copied, make, task  # noqa: F401 (task is a fixture)
 from test_wrong_use import refused
 

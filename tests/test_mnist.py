@@ -16,7 +16,7 @@ from torchvision import datasets
 
 import common
 import mnist
-from conftest import REAL_DATA, call, write_dataset, write_idx
+from conftest import REAL_DATA, call, write_idx
 from test_wrong_use import files, refused, truncate
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import toposort
 from sampler import simulate_loop
 from common import Task, refine
