@@ -318,6 +318,7 @@ class Implicit(nn.Module):
     def __init__(self, args, x_dim, y_dim, loss=None):
         super().__init__()
         self.history, self.causal, self.carried, self.kind = args.history, args.mask == "causal", args.carry, args.state
+        # Logits outgrow the labels that share their encoder: of those a query is shown a part.
         self.adds, self.scale = args.update == "residual", args.state_scale
         D, S = args.width, (args.width if args.state == "latent" else y_dim)
         self.initial = nn.Parameter(torch.zeros(S))
