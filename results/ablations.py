@@ -7,6 +7,7 @@ in ablations.json. `--list` only prints the commands.
 A change is a few flags, or, for the README's exercises, an edit of the code, which is made in a copy under out/ablations.
 """
 
+import argparse
 import json
 import os
 import re
@@ -173,13 +174,17 @@ def plot(rows, path):
 
 
 def main():
-    names = sys.argv[1:]
-    if names == ["--list"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="GROUP", help="; ".join(GROUPS))
+    parser.add_argument("--list", action="store_true", help="only print the commands")
+    args = parser.parse_args()
+    names = args.names
+    if wrong := [name for name in names if name not in GROUPS]:
+        parser.error(f"{wrong[0]!r} is none of: " + "; ".join(GROUPS))
+    if args.list:
         for words, _ in dict.fromkeys((tuple(c), str(f)) for base, variants in GROUPS.values() for change in variants.values() for c, f in (command(base, change, s) for s in SEEDS)):
             print(shlex.join(["python", *words]))
         return
-    if wrong := [name for name in names if name not in GROUPS]:
-        sys.exit(f"error: {wrong[0]!r} is neither --list nor one of: " + "; ".join(GROUPS))
     file = HERE / "ablations.json"
     rows = json.loads(file.read_text()) if names and file.exists() else {}
     for group in names or GROUPS:

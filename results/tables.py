@@ -5,6 +5,7 @@ the results.json of the command that it names itself; NAME.seed1.json is that of
 "paper" quote its tables 2 to 6, at its sizes, not at ours.
 """
 
+import argparse
 import json
 import math
 import re
@@ -312,4 +313,5 @@ def fill(text):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()  # it has no flags: --help must not write
     README.write_text(fill(README.read_text()))

@@ -27,3 +27,12 @@ def test_an_edit_that_no_longer_fits_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(ablations.EDITS, "late", [("linreg.py", "what is not there", "")])
     with pytest.raises(SystemExit, match="linreg.py has 0 times, not once: what is not there"):
         ablations.edited("late")
+
+
+@pytest.mark.parametrize("program,flags,code", [("tables", "--help", 0), ("tables", "stray", 2), ("ablations", "--help", 0), ("ablations", "stray", 2)])
+def test_programs_that_write_into_results_do_not_start_by_mistake(program, flags, code):
+    root = os.path.dirname(os.path.dirname(ablations.__file__))
+    kept = [os.path.join(root, name) for name in ("README.md", "results/ablations.json")]
+    before = [os.path.getmtime(path) for path in kept]
+    done = subprocess.run([sys.executable, os.path.join(root, "results", f"{program}.py"), flags], capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr and [os.path.getmtime(path) for path in kept] == before

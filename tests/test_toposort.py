@@ -273,6 +273,20 @@ def test_one_step_is_the_model_without_a_state():
         assert torch.allclose(expected, toposort.infer(plain, x) + scale + 3, atol=1e-5), "the state is only added to"
 
 
+def test_how_much_of_its_logit_a_node_sees():
+    """At half the scale a change is that of half the logits; at none it does not depend on them."""
+    (x, _), state, alive = dataset(K=1), torch.randn(3, 6), torch.ones(3, 6, dtype=torch.bool)
+
+    @torch.no_grad()
+    def change(scale, state):
+        torch.manual_seed(0)
+        return make_model(state_scale=scale).update([state], x[0], x[0, ..., :0], alive)[0] - state
+
+    assert torch.allclose(change(0.5, state), change(1.0, state / 2), atol=1e-5)
+    assert torch.allclose(change(0.0, state), change(0.0, 7 * state), atol=1e-5)
+    assert not torch.allclose(change(0.5, state), change(1.0, state), atol=1e-4)
+
+
 def test_the_state_matters_and_no_gradient_passes_through_it():
     """The gradient of step 2's loss equals that of a single step from the same numbers."""
     model, (x, graph) = make_model(), dataset(K=2)
