@@ -181,28 +181,28 @@ class Transformer(nn.Module):
 
 
 class Parametric(nn.Module):
-    """The state is the parameters of a fixed predictor: learned optimizers and hypernetworks (eq. 7).
+    """The state is the weights of a predictor on fixed basis functions of x: learned optimizers and hypernetworks (eq. 7).
 
-    predictor(parameters (..., P), x (..., Q, X)) -> (..., Q, Y) is a plain function of the script, and
+    basis(x (..., X)) -> (..., F) is a plain function of the script; the prediction is basis(x) @ weights (F, Y).
     loss(prediction, y) -> (...), one number per observation, is the loss whose gradients the model sees.
     """
 
-    def __init__(self, args, x_dim, y_dim, loss, predictor=None, state_dim=None):
+    def __init__(self, args, x_dim, y_dim, loss, basis):
         super().__init__()
-        self.loss, self.predictor = loss, predictor
+        self.loss, self.basis, self.y_dim = loss, basis, y_dim
         self.history, self.causal, self.carried = args.history, args.mask == "causal", args.carry
         self.slots = args.latent_tokens  # tokens that the state is spread over; 1 but for explicit without a mask
-        self.span, self.direct = args.decoder == "span", args.update == "direct"
-        D, P = args.width, state_dim
-        self.theta0 = nn.Parameter(torch.zeros(self.slots * P) if predictor else 0.1 * torch.randn(self.slots * P))
+        self.span, self.solve, self.direct = args.decoder != "linear", args.decoder == "solve", args.update == "direct"
+        D, P = args.width, basis(torch.zeros(x_dim)).shape[-1] * y_dim
+        self.theta0 = nn.Parameter(torch.zeros(P))
         self.observation = nn.Linear(x_dim + y_dim, D) if args.signal in ("data", "both") else None
-        self.gradient = nn.Linear(self.history * self.slots * P, D) if args.signal in ("grad", "both") else None
+        self.gradient = nn.Linear(self.history * P, D) if args.signal in ("grad", "both") else None
         self.residual = nn.Linear(y_dim, D) if self.span else None
-        self.state = nn.Linear(P, D)
+        self.state = nn.Linear(P // self.slots, D)
         self.age = nn.Parameter(0.02 * torch.randn(self.history, 1, D))  # tells past states from the current one
         self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
         self.transformer = Transformer(D, args.depth, args.heads, args.attention)
-        self.decoder = nn.Linear(D, y_dim if self.span else P)
+        self.decoder = nn.Linear(D, y_dim + self.solve if self.span else P // self.slots)
         nn.init.zeros_(self.decoder.weight)  # the untrained update is "stay": no step starts by throwing the state away
         nn.init.zeros_(self.decoder.bias)
 
@@ -211,30 +211,36 @@ class Parametric(nn.Module):
 
     def predict(self, states, x):
         """States (..., P) applied to inputs x (..., Q, X) -> (..., Q, Y)."""
-        return self.predictor(states, x)
-
-    def gradients(self, state, x, y):
-        """Gradient of each observation's loss at the state (B, P) -> (B, N, P). An input: nothing flows back into it."""
-        with torch.enable_grad():
-            copies = state.detach()[:, None].expand(-1, x.shape[1], -1).requires_grad_()  # one copy an observation
-            losses = self.loss(self.predict(copies, x[:, :, None]), y[:, :, None])
-            return torch.autograd.grad(losses.sum(), copies)[0]
+        return self.basis(x) @ states.unflatten(-1, (-1, self.y_dim))
 
     def residuals(self, state, x, y):
-        """Gradient of each observation's loss in its prediction, p - y for the usual losses: (B, P) -> (B, N, Y). An input, too."""
+        """Gradient of each observation's loss in its prediction, p - y for the usual losses: (B, P) -> (B, N, Y).
+
+        An input of the model, as the gradients are: nothing flows back into it.
+        """
         with torch.enable_grad():
             predictions = self.predict(state, x).detach().requires_grad_()
             return torch.autograd.grad(self.loss(predictions, y).sum(), predictions)[0]
 
-    def pull_back(self, state, x, cotangents):
-        """J^T c, J the Jacobian of the predictions at x (B, N, X) in the state (B, P), c (B, N, Y) -> sums over prefixes (T, B, P)."""
-        (B, N, _), T = x.shape, x.shape[1] if self.causal and self.training else 1  # one prefix: all N in one product
-        learning = torch.is_grad_enabled()
-        with torch.enable_grad():
-            copies = state.detach()[:, None].expand(-1, T, -1).requires_grad_()
-            predictions = self.predict(copies, x.reshape(B, T, N // T, -1))
-            parts = torch.autograd.grad(predictions, copies, cotangents.view_as(predictions), create_graph=learning)[0]
-        return parts.cumsum(1).transpose(0, 1)
+    def gradients(self, state, x, y):
+        """Gradient of each observation's loss at the state (B, P) -> (B, N, P), by the chain rule."""
+        return (self.basis(x).detach()[..., None] * self.residuals(state, x, y)[..., None, :]).flatten(2)
+
+    def pull_back(self, x, wanted):
+        """What tokens want of the predictions at x (B, N, X), as a change of the weights, for each prefix -> (T, B, P).
+
+        "span": wanted (B, N, Y), taken back by the Jacobian's transpose, as gradient descent does with -dL/dprediction.
+        "solve": wanted (B, N, Y + 1), the last number the log of a variance: by how much to miss the others. The smallest change
+        of the weights that does so, J^T (J J^T + diag(variance))^-1 wanted: a posterior mean, if observations were so noisy.
+        """
+        N, phi = x.shape[1], self.basis(x)  # (B, N, F), the Jacobian for each number in y
+        prefix = torch.ones(N, N, device=x.device).tril() if self.causal and self.training else torch.ones(1, N, device=x.device)
+        parts = prefix[..., None] * wanted[:, None, :, : self.y_dim]  # (B, T, N, Y)
+        if self.solve:
+            kernel = (phi @ phi.mT)[:, None] * prefix[:, :, None] * prefix[:, None]  # (B, T, N, N)
+            # Without a check of its own: a loss that is not finite is found, and named, by the journal.
+            parts = torch.linalg.solve_ex(kernel + wanted[:, None, :, -1].exp().diag_embed(), parts)[0]
+        return (phi.mT[:, None] @ parts).flatten(2).transpose(0, 1)
 
     def update(self, past, x, y, query_x, step=0):
         """h_phi of eq. 7: the last H states (B, P) and a mini-batch, after `step` others -> states after each prefix (T, B, P)."""
@@ -255,7 +261,7 @@ class Parametric(nn.Module):
         h = self.transformer(torch.cat([slots.flatten(1, 2), tokens], 1), self.causal)  # (B, H * S + N, D)
         first = self.history * S
         if self.span:  # a step in the span of the data, as gradient descent's is
-            change = self.pull_back(past[-1], x, self.decoder(h[:, first:]))
+            change = self.pull_back(x, self.decoder(h[:, first:]))
         elif self.causal:  # the output at observation t is the state inferred from the first t observations (fig. 5)
             h = h[:, first:] if self.training else h[:, -1:]
             change = self.decoder(h).transpose(0, 1)  # (T, B, P)
@@ -273,49 +279,46 @@ class Parametric(nn.Module):
 
 
 class Explicit(Parametric):
-    """The state is a latent that a trained predictor f_gamma reads: conditional neural processes, iterated (eq. 7)."""
+    """The state is a latent that a trained network reads, as its last layer: conditional neural processes, iterated (eq. 7)."""
 
-    def __init__(self, args, x_dim, y_dim, loss):
-        super().__init__(args, x_dim, y_dim, loss, state_dim=args.latent)
-        self.network = LatentMLP(self.slots * args.latent, x_dim, y_dim, args.hidden)
-
-    def predict(self, states, x):
-        return self.network(states, x)
+    def __init__(self, args, x_dim, y_dim, loss, basis=None):
+        super().__init__(args, x_dim, y_dim, loss, Basis(x_dim, args.hidden, args.basis))
 
 
-class LatentMLP(nn.Module):
-    """f_gamma(x, z): a residual MLP on x whose last layer has weights that are linear in the latent z.
+class Basis(nn.Module):
+    """All layers but the last of f_gamma(x, z): x (..., X) -> (..., hidden). The last layer's weights are the latent z.
 
-    A latent that is only concatenated to x cannot multiply it, which even w.x needs. This one can do all that a linear
-    predictor can: it is one for z, with trained features of x in place of x.
+    A latent that is only concatenated to x cannot multiply it, which even w.x needs; this one can do all that a linear
+    predictor can. It starts as one, on rotated x ("linear"), or as a kernel machine: random Fourier features of a Gaussian
+    kernel ("fourier"; Rahimi and Recht, 2007) exp(-|x - x'|^2 / X), for x whose numbers are of order one.
     """
 
-    def __init__(self, latent, x_dim, y_dim, hidden, layers=2):
+    def __init__(self, x_dim, hidden, basis, layers=2):
         super().__init__()
+        self.fourier, layers = basis == "fourier", 0 if basis == "fourier" else layers
         self.input = nn.Linear(x_dim, hidden)
         self.up = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
         self.down = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
-        self.output = nn.Linear(latent, (hidden + 1) * y_dim)
-        # Start as a linear predictor on rotated x, with as many weights as the latent can tell apart: random matrices would
-        # mix every change with noise of its own size.
-        nn.init.orthogonal_(self.input.weight)
-        nn.init.orthogonal_(self.output.weight)
+        if self.fourier:
+            nn.init.normal_(self.input.weight, std=(2 / x_dim) ** 0.5)
+            nn.init.uniform_(self.input.bias, 0, 2 * math.pi)
+        else:  # other random matrices would mix every change with noise of its own size
+            nn.init.orthogonal_(self.input.weight, gain=max(1, hidden / x_dim) ** 0.5)
         for down in self.down:
             nn.init.zeros_(down.weight)
             nn.init.zeros_(down.bias)
 
-    def forward(self, z, x):
-        h = self.input(x)  # (..., Q, hidden)
+    def forward(self, x):
+        h = 2**0.5 * self.input(x).cos() if self.fourier else self.input(x)
         for up, down in zip(self.up, self.down):
             h = h + down(F.gelu(up(h)))
-        w = self.output(z).unflatten(-1, (h.shape[-1] + 1, -1))  # (..., hidden + 1, Y)
-        return (h @ w[..., :-1, :] + w[..., -1:, :]) * h.shape[-1] ** -0.5
+        return h * h.shape[-1] ** -0.5
 
 
 class Implicit(nn.Module):
     """The state is each query's own prediction, refined by a transformer that reads the mini-batch (eq. 8)."""
 
-    def __init__(self, args, x_dim, y_dim, loss=None):
+    def __init__(self, args, x_dim, y_dim, loss=None, basis=None):
         super().__init__()
         self.history, self.causal, self.carried, self.kind = args.history, args.mask == "causal", args.carry, args.state
         # Logits outgrow the labels that share their encoder: of those a query is shown a part.
@@ -482,15 +485,15 @@ def make_parser(script, doc, eval_steps=False):
     add("--signal", choices=("data", "grad", "both"), default="data", help="what tokens carry: observations, their gradients, or both")
     add("--mask", choices=("causal", "none"), default="none", help="causal: all context sizes in one pass; none: one random size a step")
     add("--history", type=count, default=1, help="H, how many of the last states (and gradients) the model sees")
-    add("--decoder", choices=("span", "linear"), default="span", help="updates of parametric and explicit states: pulled back through the predictor at the data, or read off one token")
-    add("--update", choices=("residual", "direct"), default="residual", help="the model's output is a change of the state, or the next state (not for --decoder span)")
+    add("--decoder", choices=("solve", "span", "linear"), default="solve", help="updates of parametric and explicit states: the least change that does what tokens ask of predictions, what the Jacobian makes of it, or a vector read off one token")
+    add("--update", choices=("residual", "direct"), default="residual", help="the model's output is a change of the state, or the next state (for --decoder linear)")
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
     add("--state-scale", type=number(float, 0), default=1.0, help="what an implicit query is shown of its state is times this; 0 hides it")
     add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
     add("--carry", choices=("full", "random"), default="full", help="in training, hand over states of whole mini-batches (full) or of random prefixes (random)")
-    add("--latent", type=count, default=64, help="numbers in a latent token of the explicit regime")
-    add("--latent-tokens", type=count, default=1, help="latent tokens of the explicit regime under --mask none")
-    add("--hidden", type=count, default=64, help="width of the explicit regime's trained MLP")
+    add("--basis", choices=("linear", "fourier"), default="linear", help="what the explicit regime's trained basis functions of x start as")
+    add("--hidden", type=count, default=64, help="how many of them; the latent has as many numbers for each number in y")
+    add("--latent-tokens", type=count, default=1, help="tokens that the latent is spread over, under --mask none; they divide --hidden")
     add = parser.add_argument_group("the transformer").add_argument
     add("--width", type=count, default=64, help="D, numbers in a token")
     add("--depth", type=count, default=3, help="layers")
@@ -584,9 +587,10 @@ def check(args, given):
         (not implicit and "state_scale" in given, "--state-scale is for --regime implicit"),
         (args.latent_tokens > 1 and not (explicit and args.mask == "none"), "--latent-tokens above 1 needs --regime explicit --mask none (a causal mask reads the latent at every observation)"),
         (implicit and "decoder" in given, "--decoder is for the updates of --regime parametric and explicit; implicit states are decoded as predictions"),
-        (not implicit and args.decoder == "span" and args.update == "direct", "--update direct needs --decoder linear; in the span of the data there are changes only"),
-        (not explicit and "latent" in given, "--latent is for --regime explicit"),
+        (not implicit and args.decoder != "linear" and args.update == "direct", "--update direct needs --decoder linear; in the span of the data there are changes only"),
+        (not explicit and "basis" in given, "--basis is for --regime explicit"),
         (not explicit and "hidden" in given, "--hidden is for --regime explicit"),
+        (args.hidden % args.latent_tokens, f"--hidden {args.hidden} is not divisible by --latent-tokens {args.latent_tokens}"),
     )
     for wrong, reason in refusals:
         if wrong:
@@ -715,7 +719,7 @@ def place(model, args):
 
 def make_optimizer(model, args):
     """AdamW. The explicit regime's predictor learns at 3% of the rate: who makes updates must keep up with what they act on."""
-    predictor = {p for name, p in model.named_parameters() if name.startswith("network.")}
+    predictor = {p for name, p in model.named_parameters() if name.startswith("basis.")}
     groups = [{"params": [p for p in model.parameters() if p not in predictor], "share": 1.0}]
     if predictor:
         groups.append({"params": [p for p in model.parameters() if p in predictor], "share": 0.03})

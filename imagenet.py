@@ -30,7 +30,7 @@ from pathlib import Path
 
 import common  # before torch: it answers --help by itself
 from common import Task, refine
-from mnist import error, logistic_regression, loss, nearest_neighbour, predictor
+from mnist import basis, error, kernel_ridge, logistic_regression, loss, nearest_neighbour
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ NAMES = {
     "tiny_imagenet": "Tiny ImageNet", "synthetic": "synthetic Gaussian classes (no images)", "strangers": "other synthetic Gaussian classes",
 }  # fmt: skip
 # derived from the paper's tables: ways. sibling: width, depth, heads, tasks, latent, hidden. choice: the rest.
-PRESETS = {"paper": dict(ways=100, dim=1024, context=100, queries=100, tasks=128, width=256, depth=4, heads=4, latent=256, hidden=512, iters=50_000, lr=3e-4)}
+PRESETS = {"paper": dict(ways=100, dim=1024, context=100, queries=100, tasks=128, width=256, depth=4, heads=4, hidden=512, iters=50_000, lr=3e-4)}
 
 # One part of a dataset: features x (n, dim), sorted by class, and where the C classes start and how many rows each has (C,).
 Split = collections.namedtuple("Split", "x start count")
@@ -65,7 +65,7 @@ def get_args(argv=None):
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="its features/ holds them (default: $IAI_DATA or data/)")
     add("--ways", type=common.number(int, 2), default=20, help="classes of a task")
     add("--dim", type=common.count, default=128, help="leading principal components of the features that are kept, at most")
-    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=2500, lr=3e-3, width=128, heads=1, state_scale=0.1, latent=2048, hidden=100)
+    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=2500, lr=3e-3, width=128, heads=1, state_scale=0.1, basis="fourier", hidden=1024)
     return common.parse_args(parser, PRESETS, argv)
 
 
@@ -223,8 +223,7 @@ def sample_tasks(features, B, K, args):
 def make_model(features, args):
     common.seed_all(common.WEIGHTS, args.seed)
     dim = features.train.x.shape[1]
-    extra = dict(predictor=predictor, state_dim=(dim + 1) * args.ways) if args.regime == "parametric" else {}
-    return common.place(common.REGIMES[args.regime](args, dim, args.ways, loss, **extra), args)
+    return common.place(common.REGIMES[args.regime](args, dim, args.ways, loss, basis), args)
 
 
 def train(model, features, args):
@@ -306,6 +305,7 @@ def evaluate(model, features, args):
         for k, prior in zip(steps, priors):
             x, y = seen(task, k)
             rows["nearest class mean"].append(nearest_mean(x, y, task.query_x))
+            rows["kernel ridge"].append(kernel_ridge(x, y, task.query_x)[0])
             rows["logistic regression"].append(fitted(x, y, task.query_x, prior))
             rows["nearest neighbour"].append(nearest_neighbour(x, y, task.query_x))
             rows["majority label"].append(y.mean(1, keepdim=True).expand_as(task.query_y))

@@ -34,7 +34,7 @@ def get_args(argv=None):
     add("--dataset", choices=("auto", "mnist", "fmnist", "glyphs"), default="auto", help="auto: mnist, or drawn digits where it cannot be had")
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="where torchvision's MNIST/ and FashionMNIST/ lie or go (default: $IAI_DATA or data/)")
     add("--dim", type=common.count, default=100, help="dimension of the random projection")
-    parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=8, iters=3000, lr=3e-3, width=128, heads=1, state_scale=0.1, latent=1024, hidden=100)
+    parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=8, iters=3000, lr=3e-3, width=128, heads=1, state_scale=0.1, basis="fourier", hidden=1024)
     return common.parse_args(parser, PRESETS, argv)
 
 
@@ -161,15 +161,12 @@ def sample_tasks(images, B, K, args):
     return Task(torch.stack([x for x, _ in contexts]), torch.stack([y for _, y in contexts]), query_x, query_y)
 
 
-def predictor(parameters, x):
-    """The fixed linear softmax predictor of the parametric regime: (..., (dim + 1) * classes), x (..., Q, dim) -> logits (..., Q, classes).
+def basis(x):
+    """What the weights of the parametric regime are applied to, a linear softmax predictor: x (..., dim) -> x and a 1, at unit size.
 
-    The bias is the weight of one more feature, which is always 1. With a bias that is `dim` times as strong as that, updates by
-    sums over observations are about how often each label occurs and little else.
+    With a 1 that is sqrt(dim) times as large, updates by sums over observations are about how often each label occurs and little else.
     """
-    dim = x.shape[-1]
-    w = parameters.unflatten(-1, (dim + 1, -1))
-    return (torch.einsum("...qd,...dc->...qc", x, w[..., :dim, :]) + w[..., dim:, :]) * dim**-0.5
+    return F.pad(x, (0, 1), value=1.0) * x.shape[-1] ** -0.5
 
 
 def loss(logits, y):
@@ -185,8 +182,7 @@ def error(logits, y):
 
 def make_model(args):
     common.seed_all(common.WEIGHTS, args.seed)
-    extra = dict(predictor=predictor, state_dim=(args.dim + 1) * CLASSES) if args.regime == "parametric" else {}
-    return common.place(common.REGIMES[args.regime](args, args.dim, CLASSES, loss, **extra), args)
+    return common.place(common.REGIMES[args.regime](args, args.dim, CLASSES, loss, basis), args)
 
 
 def train(model, images, args):
@@ -237,16 +233,32 @@ def nearest_neighbour(x, y, query_x):
     return y.gather(1, nearest[..., None].expand(-1, -1, y.shape[-1]))
 
 
+def kernel_ridge(x, y, query_x, ridge=0.1):
+    """A Gaussian process on the labels, kernel exp(-|x - x'|^2 / dim), ridge picked on tasks that are not evaluated.
+
+    x (B, n, dim), y (B, n, C), query_x (B, Q, dim) -> how far its answers are from the prior mean 1 / C (B, Q, C), their variance without noise (B, Q, 1).
+    """
+    kernel = lambda a, b: (-torch.cdist(a, b).square() / a.shape[-1]).exp()
+    to_query = kernel(x, query_x)  # (B, n, Q)
+    solved = torch.linalg.solve(kernel(x, x) + ridge * torch.eye(x.shape[1], device=x.device), torch.cat([y - 1 / y.shape[-1], to_query], -1))
+    return to_query.mT @ solved[..., : y.shape[-1]], 1 - (to_query * solved[..., y.shape[-1] :]).sum(1)[..., None]
+
+
 def evaluate(model, images, dataset, args):
     """The model after 0 ... S fresh mini-batches (--eval-steps, or 2K), beside rivals that are given exactly the data it has seen so far."""
     steps = list(range(1, args.eval_steps + 1))
-    ours, rivals = [], {"logistic regression": [], "nearest neighbour": [], "majority label": []}
+    ours, rivals = [], {name: [] for name in ("kernel ridge", "kernel ridge, one a batch", "logistic regression", "nearest neighbour", "majority label")}
     tasks = common.evaluation_tasks(lambda B: sample_tasks(images, B, args.eval_steps, args), args.eval_tasks, stream=list(NAMES).index(dataset))
     for task in tasks:
         ours.append(common.evaluate(model, task, error))
-        w, rows = torch.zeros(len(task.query_x), args.dim + 1, CLASSES, device=args.device), {name: [] for name in rivals}
-        for x, y in (common.seen(task, k) for k in steps):
+        w, product, rows = torch.zeros(len(task.query_x), args.dim + 1, CLASSES, device=args.device), 0, {name: [] for name in rivals}
+        for k in steps:
+            x, y = common.seen(task, k)
+            answer, variance = kernel_ridge(task.context_x[k - 1], task.context_y[k - 1], task.query_x)
+            product = product + answer / variance  # of the posteriors given each mini-batch alone: what a state of one answer a query can do
             w = logistic_regression(x, y, w)
+            rows["kernel ridge"].append(kernel_ridge(x, y, task.query_x)[0])
+            rows["kernel ridge, one a batch"].append(product)
             rows["logistic regression"].append(F.pad(task.query_x, (0, 1), value=1.0) @ w)
             rows["nearest neighbour"].append(nearest_neighbour(x, y, task.query_x))
             rows["majority label"].append(y.mean(1, keepdim=True).expand_as(task.query_y))

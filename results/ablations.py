@@ -23,6 +23,7 @@ ROOT = HERE.parent
 OUT = ROOT / "out" / "ablations"
 SEEDS = (0, 1, 2)
 LINREG = "linreg.py --dim 8 --context 15 --iters 500"
+SPAN = LINREG + " --decoder span"
 MNIST = "mnist.py --dim 50 --iters 300"
 
 # The edits of the README's exercises: (file, what stands there, what is put in its place).
@@ -39,61 +40,53 @@ EDITS = {
     ],
     "own-weights": [
         ("linreg.py", "import torch\n", "import copy\n\nimport torch\n"),
-        ("linreg.py", "    return common.place(common.REGIMES[args.regime](args, args.dim, 1, loss, **extra), args)", """    model = common.REGIMES[args.regime](args, args.dim, 1, loss, **extra)
+        ("linreg.py", "    return common.place(common.REGIMES[args.regime](args, args.dim, 1, loss, basis), args)", """    model = common.REGIMES[args.regime](args, args.dim, 1, loss, basis)
     model.later = nn.ModuleList(copy.deepcopy(model) for _ in range(args.steps - 1))
     for step in model.later:
         step.transformer.dtype = getattr(torch, args.dtype)
     return common.place(model, args)"""),
         ("common.py", "states = model.update(", "states = [model, *model.later][min(step, len(model.later))].update("),
     ],
-    "unit-gradients": [("common.py", "return torch.autograd.grad(losses.sum(), copies)[0]", "return F.normalize(torch.autograd.grad(losses.sum(), copies)[0], dim=-1)")],
-    "concatenated": [
-        ("common.py", "self.input = nn.Linear(x_dim, hidden)", "self.input = nn.Linear(x_dim + latent, hidden)"),
-        ("common.py", "self.output = nn.Linear(latent, (hidden + 1) * y_dim)", "self.output = nn.Linear(hidden, y_dim)"),
-        ("common.py", "        h = self.input(x)  # (..., Q, hidden)\n", """        shape = torch.broadcast_shapes(z.shape[:-1], x.shape[:-2]) + (x.shape[-2], -1)
-        h = self.input(torch.cat([x.expand(shape), z[..., None, :].expand(shape)], -1))
-"""),
-        ("common.py", "        w = self.output(z).unflatten(-1, (h.shape[-1] + 1, -1))  # (..., hidden + 1, Y)\n", ""),
-        ("common.py", "return (h @ w[..., :-1, :] + w[..., -1:, :]) * h.shape[-1] ** -0.5", "return self.output(h)"),
-    ],
-    "loud-bias": [("mnist.py", "w[..., :dim, :]) + w[..., dim:, :]) * dim**-0.5", "w[..., :dim, :]) * dim**-0.5 + w[..., dim:, :])")],
+    "unit-gradients": [("common.py", "torch.cat([self.gradients(state, x, y) for", "torch.cat([F.normalize(self.gradients(state, x, y), dim=-1) for")],
+    "loud-bias": [("mnist.py", "F.pad(x, (0, 1), value=1.0) * x", "F.pad(x, (0, 1), value=x.shape[-1] ** 0.5) * x")],
 }  # fmt: skip
 
 # What is varied -> the command of all, and each variant's flags or edit. The first variant is the one that the others are held against.
 GROUPS = {
-    "signal (parametric)": (LINREG, {"data": "", "grad": "--signal grad", "both": "--signal both"}),
-    "history (parametric, signal grad)": (LINREG + " --signal grad", {"1": "", "3": "--history 3", "5": "--history 5"}),
-    "mask (parametric)": (LINREG, {"none": "", "causal": "--mask causal"}),
+    "signal (parametric)": (SPAN, {"data": "", "grad": "--signal grad", "both": "--signal both"}),
+    "history (parametric, signal grad)": (SPAN + " --signal grad", {"1": "", "3": "--history 3", "5": "--history 5"}),
+    "mask (parametric)": (SPAN, {"none": "", "causal": "--mask causal"}),
     "mask (explicit)": (LINREG + " --regime explicit", {"none": "", "causal": "--mask causal"}),
     "mask (implicit)": (LINREG + " --regime implicit", {"none": "", "causal": "--mask causal"}),
-    "state handed on in training (parametric)": (LINREG, {"full": "", "random": "--carry random"}),
+    "state handed on in training (parametric)": (SPAN, {"full": "", "random": "--carry random"}),
     "state handed on in training (implicit)": (LINREG + " --regime implicit", {"full": "", "random": "--carry random"}),
     "latent tokens (explicit)": (LINREG + " --regime explicit", {"1": "", "4": "--latent-tokens 4", "8": "--latent-tokens 8"}),
     "output (parametric, decoder linear)": (LINREG + " --decoder linear", {"a change": "", "the next state": "--update direct"}),
     "output (implicit)": (LINREG + " --regime implicit", {"a change": "", "the next state": "--update direct"}),
-    "clock (parametric)": (LINREG, {"none": "", "steps": "--clock steps"}),
+    "clock (parametric)": (SPAN, {"none": "", "steps": "--clock steps"}),
     "clock (explicit)": (LINREG + " --regime explicit", {"none": "", "steps": "--clock steps"}),
     "clock (implicit)": (LINREG + " --regime implicit", {"none": "", "steps": "--clock steps"}),
     "state that a query sees (implicit)": (LINREG + " --regime implicit", {"all": "", "a tenth": "--state-scale 0.1", "none": "--state-scale 0"}),
-    "attention (parametric)": (LINREG, {"linear": "", "softmax": "--attention softmax"}),
+    "attention (parametric)": (SPAN, {"linear": "", "softmax": "--attention softmax"}),
     "attention (explicit)": (LINREG + " --regime explicit", {"linear": "", "softmax": "--attention softmax"}),
     "attention (implicit)": (LINREG + " --regime implicit", {"linear": "", "softmax": "--attention softmax"}),
-    "decoder (parametric)": (LINREG, {"span": "", "linear": "--decoder linear"}),
-    "decoder (explicit)": (LINREG + " --regime explicit", {"span": "", "linear": "--decoder linear"}),
-    "MNIST: decoder (parametric)": (MNIST + " --regime parametric", {"span": "", "linear": "--decoder linear"}),
+    "decoder (parametric)": (LINREG, {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
+    "decoder (explicit)": (LINREG + " --regime explicit", {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
+    "MNIST: decoder (parametric)": (MNIST + " --regime parametric", {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
+    "MNIST: decoder (explicit)": (MNIST + " --regime explicit", {"solve": "", "span": "--decoder span"}),
+    "MNIST: basis (explicit)": (MNIST + " --regime explicit", {"fourier": "", "linear": "--basis linear --hidden 100"}),
     "MNIST: output (implicit)": (MNIST, {"a change": "", "the next state": "--update direct"}),
     "MNIST: state that a query sees (implicit)": (MNIST, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),
-    "dtype (parametric)": (LINREG, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
+    "dtype (parametric)": (SPAN, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: clock (implicit)": (MNIST, {"none": "", "steps": "--clock steps"}),
     "MNIST: dtype (implicit)": (MNIST, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: state (implicit)": (MNIST, {"logits": "", "softmax": "--state softmax", "latent": "--state latent"}),
-    "exercise 1: steps in training (parametric)": (LINREG, {"5": "", "1": "--steps 1 --eval-steps 10"}),
-    "exercise 5: detached (parametric)": (LINREG, {"every step": "", "every other step": "two-steps"}),
-    "exercise 6: a loss before any data (parametric)": (LINREG, {"no": "", "yes": "step-0"}),
-    "exercise 7: weights (parametric)": (LINREG, {"shared": "", "own for each step": "own-weights"}),
-    "exercise 8: gradient tokens (parametric, signal grad)": (LINREG + " --signal grad", {"as they are": "", "unit length": "unit-gradients"}),
-    "exercise 9: latent (explicit)": (LINREG + " --regime explicit", {"makes the last layer": "", "beside x": "concatenated"}),
-    "MNIST, exercise 10: bias (parametric)": (MNIST + " --regime parametric", {"one more feature": "", "√dim times that": "loud-bias"}),
+    "exercise 1: steps in training (parametric)": (SPAN, {"5": "", "1": "--steps 1 --eval-steps 10"}),
+    "exercise 5: detached (parametric)": (SPAN, {"every step": "", "every other step": "two-steps"}),
+    "exercise 6: a loss before any data (parametric)": (SPAN, {"no": "", "yes": "step-0"}),
+    "exercise 7: weights (parametric)": (SPAN, {"shared": "", "own for each step": "own-weights"}),
+    "exercise 8: gradient tokens (parametric, signal grad)": (SPAN + " --signal grad", {"as they are": "", "unit length": "unit-gradients"}),
+    "MNIST, exercise 10: bias (parametric)": (MNIST + " --regime parametric --decoder span", {"one more feature": "", "√dim times that": "loud-bias"}),
 }
 
 

@@ -36,6 +36,11 @@ Problem = namedtuple("Problem", "predictor size loss metric")  # of a script: pr
 Run = namedtuple("Run", "start rates steps observations")  # start(task, rate) yields predictions after these steps, from so many observations
 
 
+def predictor_on(basis, y_dim):
+    """The parametric regime's predictor as a function: weights w (..., P), x (..., Q, X) -> (..., Q, Y)."""
+    return lambda w, x: basis(x) @ w.unflatten(-1, (-1, y_dim))
+
+
 def rivals(text):
     """An argparse type: some of RIVALS, with commas between."""
     if wrong := [name for name in text.split(",") if name not in RIVALS]:
@@ -231,7 +236,8 @@ def main(argv=None):
     data, model, _, sample = bench.load(script, args)
     metric, unit, stream = bench.scoring(script, args)
     s = importlib.import_module(script)
-    problem = Problem(s.predictor, args.dim if script == "linreg" else (args.dim + 1) * s.CLASSES, s.loss, metric)
+    y_dim = 1 if script == "linreg" else s.CLASSES
+    problem = Problem(predictor_on(s.basis, y_dim), s.basis(torch.zeros(args.dim)).numel() * y_dim, s.loss, metric)
     iterations, seconds = common.trained(args)
     report = bench.header(wanted, args) | {
         "script": script, "args": args.description["args"], "data": data, "iterations": iterations,

@@ -65,10 +65,12 @@ def minutes(results):
 
 
 def command(results):
-    """As it would be given today: older implicit models of classes saw their whole state, which now takes a flag."""
+    """As it would be given today: older implicit models of classes saw their whole state, others moved in the span; now this takes flags."""
     args, text = results.get("args", {}), re.sub(" --(data-dir|out) [^ ]+| --overwrite", "", results["command"])
     classes = re.match("python (mnist|imagenet)", text) and args.get("regime", "implicit") == "implicit" and "--regime parametric" not in text
-    return f"`{text}{' --state-scale 1' if classes and 'state_scale' not in args else ''}`"
+    old = " --state-scale 1" * bool(classes and "state_scale" not in args)
+    old += " --decoder span" * (args.get("regime") != "implicit" and args.get("decoder") == "span" and "--decoder" not in text)
+    return f"`{text}{old}`"
 
 
 # ---------------------------------------------------------------- one function a table
@@ -215,7 +217,8 @@ def errors(files, paper):
         for r in found:
             quoted = paper.get((r["args"]["regime"], split), "") if r["args"].get("decoder") != "linear" or r["args"]["regime"] == "implicit" else ""
             rows.append([command(r), r["seeds"], *(at(r["metrics"][split], k) for k in (1, 2, 5, 10)), minutes(r) if split == "id" else "", quoted])
-        for name, row in found[0]["baselines"][split].items():
+        beside = {name: row for r in found for name, row in r["baselines"][split].items()}  # of the same tasks in every file
+        for name, row in beside.items():
             rows.append([f"*{name}*", "", *(at(row, k) for k in (1, 2, 5, 10))])
     return table(["error %", "seeds", "1", "2", "5", "10", "minutes", "paper at 1 / 5"], [row + [""] * (8 - len(row)) for row in rows])
 

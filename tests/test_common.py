@@ -22,15 +22,15 @@ def squared_error(prediction, y):
     return (prediction - y).square().sum(-1)
 
 
-def linear(w, x):
-    """A fixed predictor with two outputs: parameters (..., X * Y), inputs (..., Q, X) -> (..., Q, Y)."""
-    return x @ w.unflatten(-1, (X, Y))
+def identity(x):
+    """The basis of a linear predictor."""
+    return x
 
 
 def settings(**changes):
     args = argparse.Namespace(
         history=1, mask="causal", carry="full", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0,
-        width=8, depth=2, heads=2, latent=6, hidden=10,
+        width=8, depth=2, heads=2, basis="linear", hidden=6,
     )  # fmt: skip
     vars(args).update(changes)
     return args
@@ -40,12 +40,11 @@ def make(regime, loss=squared_error, **changes):
     """A model whose every parameter is random, so that nothing is hidden by a zero."""
     args = settings(**changes)
     torch.manual_seed(0)
-    extra = dict(predictor=linear, state_dim=X * Y) if regime == "parametric" else {}
-    model = common.REGIMES[regime](args, X, Y, loss, **extra)
+    model = common.REGIMES[regime](args, X, Y, loss, identity)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(0.4 * torch.randn_like(p))
-        if args.decoder == "span" and regime != "implicit":  # random steps along all observations would diverge
+        if args.decoder != "linear" and regime != "implicit":  # random steps along all observations would diverge
             model.decoder.weight.mul_(0.05)
             model.decoder.bias.mul_(0.05)
     return model
@@ -71,7 +70,7 @@ def close(a, b, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("attention", ("softmax", "linear"))
-@pytest.mark.parametrize("decoder", ("linear", "span"))
+@pytest.mark.parametrize("decoder", ("linear", "span", "solve"))
 @pytest.mark.parametrize("history", (1, 3))
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("regime", ("parametric", "explicit"))
@@ -182,13 +181,13 @@ def test_without_a_mask_training_draws_one_length_for_the_whole_batch(task, regi
 def test_a_state_of_several_latent_tokens_uses_them_all(task):
     model = make("explicit", mask="none", latent_tokens=3, signal="both", history=2).eval()
     state = model.initial_state(task.query_x)
-    assert state.shape == (B, 3 * 6)
+    assert state.shape == (B, 6 * Y)
     states = model.update([state, state + 0.1], task.context_x[0], task.context_y[0], task.query_x)
-    assert states.shape == (1, B, 3 * 6)
+    assert states.shape == (1, B, 6 * Y)
     prediction = model.predict(states, task.query_x)
     assert prediction.shape == (1, B, Q, Y)
     (gradient,) = torch.autograd.grad(prediction.square().sum(), states)
-    assert (gradient.unflatten(-1, (3, 6)).abs().amax(-1) > 0).all()
+    assert (gradient.unflatten(-1, (3, 4)).abs().amax(-1) > 0).all()
 
 
 # ---------------------------------------------------------------- the transformer
@@ -333,7 +332,7 @@ def test_nothing_backpropagates_through_gradient_inputs(task, regime):
     assert not gradients.requires_grad and gradients.grad_fn is None
 
 
-@pytest.mark.parametrize("decoder", ("linear", "span"))
+@pytest.mark.parametrize("decoder", ("linear", "span", "solve"))
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("regime", ("parametric", "explicit"))
 def test_the_signal_decides_what_the_update_may_read(task, regime, signal, decoder):
@@ -382,8 +381,8 @@ def test_gradient_descent_is_a_special_case_of_the_span(task, regime, loss, mask
 @pytest.mark.parametrize("mask", ("causal", "none"))
 def test_cotangents_of_a_linear_predictor_are_pulled_back_as_outer_products(task, mask):
     model, c = make("parametric", decoder="span", mask=mask).train(), torch.randn(B, N, Y)
-    x, state = task.context_x[0], torch.randn(B, X * Y)
-    found = model.pull_back(state, x, c)
+    x = task.context_x[0]
+    found = model.pull_back(x, c)
     for b in range(B):
         total = torch.zeros(X, Y)
         for n in range(N):
@@ -393,10 +392,32 @@ def test_cotangents_of_a_linear_predictor_are_pulled_back_as_outer_products(task
         close(found[-1, b], total.flatten())
 
 
+@pytest.mark.parametrize("mask", ("causal", "none"))
 @pytest.mark.parametrize("regime", ("parametric", "explicit"))
-def test_each_cotangent_is_of_the_observation_that_it_is_pulled_back_at(task, regime):
+def test_the_solved_change_is_that_of_weighted_least_squares(task, regime, mask):
+    """It minimizes sum_i |change of prediction i - wanted i|^2 / variance_i + |change|^2 over all changes of the weights: by stacked equations."""
+    model, wanted, x = make(regime, decoder="solve", mask=mask).train(), torch.randn(B, N, Y + 1), task.context_x[0]
+    found = model.pull_back(x, wanted)
+    assert len(found) == (N if mask == "causal" else 1)
+    for n, b in itertools.product(range(1, N + 1) if mask == "causal" else [N], range(B)):
+        phi, loud = model.basis(x[b, :n]).detach().double(), (-wanted[b, :n, -1:] / 2).double().exp()
+        stacked = torch.cat([loud * phi, torch.eye(phi.shape[1], dtype=torch.float64)])
+        best = torch.linalg.lstsq(stacked, F.pad(loud * wanted[b, :n, :-1], (0, 0, 0, phi.shape[1]))).solution
+        close(found[n - 1 if mask == "causal" else 0, b].detach(), best.float().flatten(), 1e-4)
+
+
+def test_one_solved_step_can_be_the_oracle_of_linear_regression(task):
+    """From the weights 0, asked for the targets, with the variance of their noise."""
+    model, (x, y) = make("parametric", decoder="solve", mask="none").eval(), (task.context_x[0], task.context_y[0])
+    posterior = torch.linalg.solve(x.mT @ x + 0.3 * torch.eye(X), x.mT @ y)
+    close(model.pull_back(x, torch.cat([y, torch.full((B, N, 1), 0.3).log()], -1))[0], posterior.flatten(1), 1e-4)
+
+
+@pytest.mark.parametrize("decoder", ("span", "solve"))
+@pytest.mark.parametrize("regime", ("parametric", "explicit"))
+def test_each_cotangent_is_of_the_observation_that_it_is_pulled_back_at(task, regime, decoder):
     """Without a mask the order of the observations makes no difference, which it would if tokens and inputs were out of step."""
-    model, order = make(regime, decoder="span", mask="none", history=2).eval(), torch.randperm(N)
+    model, order = make(regime, decoder=decoder, mask="none", history=2).eval(), torch.randperm(N)
     x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
     straight = model.update(past, x, y, None)
     close(model.update(past, x[:, order], y[:, order], None), straight)
@@ -411,25 +432,22 @@ def test_residuals_are_those_of_the_newest_state(task):
     assert len(seen) == 1 and seen[0] is past[-1]
 
 
-def test_the_pull_back_learns_from_its_cotangents_and_not_from_the_state(task):
-    model = make("explicit", decoder="span").train()
-    state = torch.randn(B, 6, requires_grad=True)
-    c = torch.randn(B, N, Y, requires_grad=True)
-    g = torch.autograd.grad(model.pull_back(state, task.context_x[0], c).square().sum(), (c, state), allow_unused=True)
-    assert g[0].abs().max() > 0 and g[1] is None
-    with torch.no_grad():
-        assert not model.pull_back(state, task.context_x[0], c).requires_grad
+@pytest.mark.parametrize("decoder", ("span", "solve"))
+def test_the_pull_back_learns_from_its_cotangents_and_from_a_trained_basis(task, decoder):
+    model = make("explicit", decoder=decoder).train()
+    c = torch.randn(B, N, model.decoder.out_features, requires_grad=True)
+    learning = [c, model.basis.input.weight]
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(model.pull_back(task.context_x[0], c).square().sum(), learning))
 
 
-def test_the_untrained_explicit_predictor_is_linear_and_a_change_at_one_output_moves_no_other():
-    """Pulled back and read again, a cotangent c at x changes the prediction at x' by k(x, x') c with k = (h.h' + 1) / hidden."""
-    network = common.LatentMLP(latent=40, x_dim=X, y_dim=3, hidden=8)
-    z, (x, other), c = torch.randn(40, requires_grad=True), torch.randn(2, 1, X), torch.randn(3)
-    change = torch.autograd.grad(network(z, x)[0], z, c)[0]
-    h, h_other = network.input(x)[0], network.input(other)[0]
-    close(network(z + change, other)[0] - network(z, other)[0], (h @ h_other + 1) / 8 * c)
-    rotated = network.input(x)[0] - network.input(torch.zeros(1, X))[0]
-    close(rotated.norm(), x.norm())
+def test_the_untrained_basis_is_a_rotation_or_a_gaussian_kernel():
+    """A prediction at x' moves by basis(x) . basis(x') times what is asked for at x."""
+    x, other = torch.randn(2, 7, X)
+    phi = common.Basis(X, 8, "linear")
+    close(phi(x) - phi(torch.zeros(X)), (phi.input.weight @ x.T).T * 8**-0.5)
+    close((phi(x) - phi(torch.zeros(X))).norm(dim=-1), x.norm(dim=-1) * X**-0.5)
+    phi = common.Basis(X, 100_000, "fourier")
+    close((phi(x) * phi(other)).sum(-1), (-(x - other).square().sum(-1) / X).exp(), 0.02)
 
 
 @pytest.mark.parametrize("regime", ("parametric", "explicit", "implicit"))
@@ -442,10 +460,9 @@ def test_the_output_is_a_change_of_the_state_or_the_next_state(task, regime):
 
 def test_an_untrained_update_stays_where_it_is(task):
     for regime in ("parametric", "explicit"):
-        for decoder in ("linear", "span"):
+        for decoder in ("linear", "span", "solve"):
             torch.manual_seed(0)
-            extra = dict(predictor=linear, state_dim=X * Y) if regime == "parametric" else {}
-            model = common.REGIMES[regime](settings(decoder=decoder), X, Y, squared_error, **extra).eval()
+            model = common.REGIMES[regime](settings(decoder=decoder), X, Y, squared_error, identity).eval()
             past = past_states(model, task)
             assert torch.equal(model.update(past, task.context_x[0], task.context_y[0], None)[0], past[-1])
 
@@ -487,6 +504,7 @@ CASES = [
     dict(regime="explicit", signal="both", history=2), dict(regime="explicit", signal="data", mask="none", latent_tokens=2),
     dict(regime="parametric", decoder="span", history=2), dict(regime="parametric", decoder="span", signal="grad", mask="none"),
     dict(regime="explicit", decoder="span", signal="both"), dict(regime="explicit", decoder="span", mask="none", latent_tokens=2),
+    dict(regime="parametric", decoder="solve", signal="both"), dict(regime="explicit", decoder="solve", mask="none", basis="fourier"),
     dict(regime="implicit", history=2), dict(regime="implicit", state="latent", mask="none"), dict(regime="implicit", state="softmax"),
 ]  # fmt: skip
 
@@ -601,7 +619,7 @@ def test_the_explicit_predictor_learns_at_a_fraction_of_the_rate_and_every_param
         full = rates[model.transformer.norm.weight]
         assert 0 < full < 0.5
         for name, p in model.named_parameters():
-            assert rates[p] == pytest.approx(full * (0.03 if name.startswith("network.") else 1))
+            assert rates[p] == pytest.approx(full * (0.03 if name.startswith("basis.") else 1))
 
 
 def test_seeds_are_a_function_of_stream_seed_and_index():
@@ -633,7 +651,7 @@ def test_evaluation_starts_at_the_initial_state_and_averages_over_queries(task):
     model = make("parametric").train()
     values = common.evaluate(model, task, squared_error)
     assert values.shape == (B, K + 1)
-    initial = linear(model.theta0.expand(B, -1), task.query_x)
+    initial = task.query_x @ model.theta0.view(X, Y)
     close(values[:, 0], squared_error(initial, task.query_y).mean(1).detach())
 
 

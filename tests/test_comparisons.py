@@ -41,7 +41,7 @@ def test_all_tasks_at_once_are_as_each_alone(make, rate):
     dim, batches = 3, [(torch.randn(4, 9, 3), F.one_hot(torch.randint(10, (4, 9)), 10).float()) for _ in range(5)]
     start = torch.randn(4, (dim + 1) * 10)
     w = start.clone().requires_grad_()
-    *_, found = race.descend(make([w], rate), w, batches, objective(mnist.predictor, mnist.loss))
+    *_, found = race.descend(make([w], rate), w, batches, objective(race.predictor_on(mnist.basis, 10), mnist.loss))
     for b in range(4):
         weight, bias = (p.clone().requires_grad_() for p in (start[b, : dim * 10].view(dim, 10), start[b, dim * 10 :]))
         optimizer = make([weight, bias], rate)
@@ -56,7 +56,7 @@ def test_lbfgs_over_all_tasks_reaches_least_squares_of_each():
     x, y = torch.randn(5, 20, 4), torch.randn(5, 20, 1)
     w = torch.zeros(5, 4, requires_grad=True)
     lbfgs = torch.optim.LBFGS([w], max_iter=5, max_eval=50, history_size=10, line_search_fn="strong_wolfe")
-    *_, found = race.descend(lbfgs, w, [(x, y)] * 20, objective(linreg.predictor, linreg.loss))
+    *_, found = race.descend(lbfgs, w, [(x, y)] * 20, objective(race.predictor_on(linreg.basis, 1), linreg.loss))
     torch.testing.assert_close(found, 2 * torch.linalg.lstsq(x, y).solution[..., 0], rtol=1e-3, atol=1e-4)  # the predictor divides by 2
 
 
@@ -69,7 +69,7 @@ def test_second_order_slopes_are_those_of_finite_differences_and_first_order_one
     torch.manual_seed(0)
     y = lambda *shape: F.one_hot(torch.randint(10, shape), 10).double()
     task = common.Task(torch.randn(3, 4, 6, 2).double(), y(3, 4, 6), torch.randn(4, 5, 2).double(), y(4, 5))
-    value, start, log_rate = maml(mnist.predictor, mnist.loss, 30), torch.randn(30).double(), torch.tensor(1.0).double()
+    value, start, log_rate = maml(race.predictor_on(mnist.basis, 10), mnist.loss, 30), torch.randn(30).double(), torch.tensor(1.0).double()
     slopes = {order: torch.func.grad(value, argnums=(0, 1))(start, log_rate, task, order) for order in (1, 2)}
     h = 1e-5
     for i in range(30):
@@ -86,7 +86,7 @@ def test_slopes_of_one_step_on_a_quadratic_as_by_hand():
     torch.manual_seed(0)
     B, N, P, a = 3, 7, 4, 0.3
     task = common.Task(*(torch.randn(*shape).double() for shape in ((1, B, N, P), (1, B, N, 1), (B, 5, P), (B, 5, 1))))
-    start, value = torch.randn(P).double(), maml(linreg.predictor, linreg.loss, P)
+    start, value = torch.randn(P).double(), maml(race.predictor_on(linreg.basis, 1), linreg.loss, P)
     by_order = {1: 0, 2: 0}
     for b in range(B):
         (H, c), (H_query, c_query) = ((2 / len(y) * x.T @ x / P, 2 / len(y) * x.T @ y[:, 0] / P**0.5) for x, y in ((task.context_x[0, b], task.context_y[0, b]), (task.query_x[b], task.query_y[b])))
@@ -106,9 +106,9 @@ def test_meta_training_finds_the_mean_of_the_tasks():
         y = (x @ truth / 2**0.5)[..., None]
         return common.Task(x[:-1], y[:-1], x[-1], y[-1])
 
-    problem = race.Problem(linreg.predictor, 2, linreg.loss, None)
+    problem = race.Problem(race.predictor_on(linreg.basis, 1), 2, linreg.loss, None)
     args = Namespace(tasks=4, steps=1, seed=0, device="cpu")
-    start, rate, iterations = race.meta_train(sample, problem, objective(linreg.predictor, linreg.loss), 0.01, 2, 2.0, args)
+    start, rate, iterations = race.meta_train(sample, problem, objective(race.predictor_on(linreg.basis, 1), linreg.loss), 0.01, 2, 2.0, args)
     assert iterations > 100 and rate > 0 and (start - truth).norm() < 0.7 * truth.norm()
 
 

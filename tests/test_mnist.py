@@ -119,10 +119,10 @@ def test_the_first_mini_batches_and_the_queries_of_the_evaluation_do_not_depend_
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # one larger product may round differently
 
 
-def test_predictor_loss_and_error_one_number_at_a_time():
+def test_prediction_loss_and_error_one_number_at_a_time():
     torch.manual_seed(0)
     parameters, x, y = torch.randn(2, 3, 50), torch.randn(3, 6, 4), F.one_hot(torch.randint(10, (3, 6)), 10).float()
-    logits = mnist.predictor(parameters, x)
+    logits = mnist.basis(x) @ parameters.unflatten(-1, (5, 10))
     assert logits.shape == (2, 3, 6, 10)
     for t, b, q in np.ndindex(2, 3, 6):
         w = parameters[t, b].view(5, 10)
@@ -170,6 +170,19 @@ def test_nearest_neighbour_equals_a_loop():
     for b, q in np.ndindex(3, 15):
         distances = [sum((u - v) ** 2 for u, v in zip(query_x[b, q].tolist(), row)) for row in x[b].tolist()]
         assert torch.equal(found[b, q], y[b, int(np.argmin(distances))])
+
+
+def test_kernel_ridge_is_a_gaussian_process():
+    """By conditioning a joint Gaussian, one query at a time."""
+    torch.manual_seed(0)
+    x, query_x, y = torch.randn(3, 20, 6), torch.randn(3, 5, 6), F.one_hot(torch.randint(4, (3, 20)), 4).float()
+    answer, variance = mnist.kernel_ridge(x, y, query_x, ridge=0.3)
+    for b, q in np.ndindex(3, 5):
+        points = np.concatenate([x[b].numpy(), query_x[b, q : q + 1].numpy()]).astype(np.float64)
+        covariance = np.array([[np.exp(-((u - v) ** 2).sum() / 6) for v in points] for u in points]) + 0.3 * np.eye(21)
+        given = np.linalg.inv(covariance[:20, :20])
+        np.testing.assert_allclose(answer[b, q], covariance[20, :20] @ given @ (y[b].numpy() - 0.25), atol=1e-5)
+        np.testing.assert_allclose(variance[b, q, 0], 1 - covariance[20, :20] @ given @ covariance[:20, 20], atol=1e-5)
 
 
 def test_rivals_are_given_exactly_the_data_that_the_model_has_seen(finished, small_data):
