@@ -286,22 +286,21 @@ class Explicit(Parametric):
 
 
 class Basis(nn.Module):
-    """All layers but the last of f_gamma(x, z): x (..., X) -> (..., hidden). The last layer's weights are the latent z.
+    """All layers but the last of f_gamma(x, z): x (..., X) -> (..., hidden), or twice as many. The last layer's weights are z.
 
     A latent that is only concatenated to x cannot multiply it, which even w.x needs; this one can do all that a linear
-    predictor can. It starts as one, on rotated x ("linear"), or as a kernel machine: random Fourier features of a Gaussian
+    predictor can. It starts as one, on rotated x ("linear"), or as a kernel machine: random Fourier features of the Gaussian
     kernel ("fourier"; Rahimi and Recht, 2007) exp(-|x - x'|^2 / X), for x whose numbers are of order one.
     """
 
-    def __init__(self, x_dim, hidden, basis, layers=2):
+    def __init__(self, x_dim, hidden, kind, layers=2):
         super().__init__()
-        self.fourier, layers = basis == "fourier", 0 if basis == "fourier" else layers
+        self.fourier, layers = kind == "fourier", 0 if kind == "fourier" else layers
         self.input = nn.Linear(x_dim, hidden)
         self.up = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
         self.down = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
         if self.fourier:
             nn.init.normal_(self.input.weight, std=(2 / x_dim) ** 0.5)
-            nn.init.uniform_(self.input.bias, 0, 2 * math.pi)
         else:  # other random matrices would mix every change with noise of its own size
             nn.init.orthogonal_(self.input.weight, gain=max(1, hidden / x_dim) ** 0.5)
         for down in self.down:
@@ -309,10 +308,11 @@ class Basis(nn.Module):
             nn.init.zeros_(down.bias)
 
     def forward(self, x):
-        h = 2**0.5 * self.input(x).cos() if self.fourier else self.input(x)
+        h = self.input(x)
         for up, down in zip(self.up, self.down):
             h = h + down(F.gelu(up(h)))
-        return h * h.shape[-1] ** -0.5
+        features = torch.cat([h.cos(), h.sin()], -1) if self.fourier else h
+        return features * h.shape[-1] ** -0.5
 
 
 class Implicit(nn.Module):
@@ -492,7 +492,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
     add("--carry", choices=("full", "random"), default="full", help="in training, hand over states of whole mini-batches (full) or of random prefixes (random)")
     add("--basis", choices=("linear", "fourier"), default="linear", help="what the explicit regime's trained basis functions of x start as")
-    add("--hidden", type=count, default=64, help="how many of them; the latent has as many numbers for each number in y")
+    add("--hidden", type=count, default=64, help="how many of them (frequencies, of a cosine and a sine each); the latent has a weight for each and each number in y")
     add("--latent-tokens", type=count, default=1, help="tokens that the latent is spread over, under --mask none; they divide --hidden")
     add = parser.add_argument_group("the transformer").add_argument
     add("--width", type=count, default=64, help="D, numbers in a token")

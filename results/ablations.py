@@ -81,11 +81,11 @@ GROUPS = {
     "MNIST: clock (implicit)": (MNIST, {"none": "", "steps": "--clock steps"}),
     "MNIST: dtype (implicit)": (MNIST, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: state (implicit)": (MNIST, {"logits": "", "softmax": "--state softmax", "latent": "--state latent"}),
-    "exercise 1: steps in training (parametric)": (SPAN, {"5": "", "1": "--steps 1 --eval-steps 10"}),
-    "exercise 5: detached (parametric)": (SPAN, {"every step": "", "every other step": "two-steps"}),
-    "exercise 6: a loss before any data (parametric)": (SPAN, {"no": "", "yes": "step-0"}),
-    "exercise 7: weights (parametric)": (SPAN, {"shared": "", "own for each step": "own-weights"}),
-    "exercise 8: gradient tokens (parametric, signal grad)": (SPAN + " --signal grad", {"as they are": "", "unit length": "unit-gradients"}),
+    "exercise 1: steps in training (parametric)": (LINREG, {"5": "", "1": "--steps 1 --eval-steps 10"}),
+    "exercise 5: detached (parametric)": (LINREG, {"every step": "", "every other step": "two-steps"}),
+    "exercise 6: a loss before any data (parametric)": (LINREG, {"no": "", "yes": "step-0"}),
+    "exercise 7: weights (parametric)": (LINREG, {"shared": "", "own for each step": "own-weights"}),
+    "exercise 8: gradient tokens (parametric, signal grad)": (LINREG + " --signal grad", {"as they are": "", "unit length": "unit-gradients"}),
     "MNIST, exercise 10: bias (parametric)": (MNIST + " --regime parametric --decoder span", {"one more feature": "", "√dim times that": "loud-bias"}),
 }
 

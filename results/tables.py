@@ -92,7 +92,7 @@ def quick():
         return "; ".join(f"{m['data']}: stage error {value(m, K):.2f}" for m in list(r["metrics"].values())[:2])
 
     jobs = {
-        "linreg": regression, "linreg-implicit": regression, "mnist-parametric": lambda r: f"error % at {error(r)}", "mnist": lambda r: f"error % at {error(r)}",
+        "linreg": regression, "linreg-implicit": regression, "mnist-parametric": lambda r: f"error % at {error(r)}", "mnist-explicit": lambda r: f"error % at {error(r)}", "mnist": lambda r: f"error % at {error(r)}",
         "imagenet-parametric": lambda r: f"error % at {error(r)} ({r['metrics']['id']['data']})", "toposort": order,
         "mog_flow": lambda r: f"W₂ at {error(r)}", "alphabets": lambda r: f"W₂ at {error(r)}",
     }  # fmt: skip
