@@ -213,28 +213,28 @@ class Parametric(nn.Module):
         """States (..., P) applied to inputs x (..., Q, X) -> (..., Q, Y)."""
         return self.basis(x) @ states.unflatten(-1, (-1, self.y_dim))
 
-    def residuals(self, state, x, y):
-        """Gradient of each observation's loss in its prediction, p - y for the usual losses: (B, P) -> (B, N, Y).
+    def residuals(self, state, phi, y):
+        """Gradient of each observation's loss in its prediction, p - y for the usual losses: (B, P), basis(x) (B, N, F) -> (B, N, Y).
 
         An input of the model, as the gradients are: nothing flows back into it.
         """
         with torch.enable_grad():
-            predictions = self.predict(state, x).detach().requires_grad_()
+            predictions = (phi @ state.unflatten(-1, (-1, self.y_dim))).detach().requires_grad_()
             return torch.autograd.grad(self.loss(predictions, y).sum(), predictions)[0]
 
-    def gradients(self, state, x, y):
-        """Gradient of each observation's loss at the state (B, P) -> (B, N, P), by the chain rule."""
-        return (self.basis(x).detach()[..., None] * self.residuals(state, x, y)[..., None, :]).flatten(2)
+    def gradients(self, state, phi, y):
+        """Gradient of each observation's loss at the state (B, P), by the chain rule -> (B, N, P)."""
+        return (phi[..., None] * self.residuals(state, phi, y)[..., None, :]).flatten(2)
 
-    def pull_back(self, x, wanted):
-        """What tokens want of the predictions at x (B, N, X), as a change of the weights, for each prefix -> (T, B, P).
+    def pull_back(self, phi, wanted):
+        """What tokens want of the predictions on phi = basis(x) (B, N, F), as a change of the weights, for each prefix -> (T, B, P).
 
         "span": wanted (B, N, Y), taken back by the Jacobian's transpose, as gradient descent does with -dL/dprediction.
         "solve": wanted (B, N, Y + 1), the last number the log of a variance: by how much to miss the others. The smallest change
         of the weights that does so, J^T (J J^T + diag(variance))^-1 wanted: a posterior mean, if observations were so noisy.
         """
-        N, phi = x.shape[1], self.basis(x)  # (B, N, F), the Jacobian for each number in y
-        prefix = torch.ones(N, N, device=x.device).tril() if self.causal and self.training else torch.ones(1, N, device=x.device)
+        N = phi.shape[1]
+        prefix = torch.ones(N, N, device=phi.device).tril() if self.causal and self.training else torch.ones(1, N, device=phi.device)
         parts = prefix[..., None] * wanted[:, None, :, : self.y_dim]  # (B, T, N, Y)
         if self.solve:
             kernel = (phi @ phi.mT)[:, None] * prefix[:, :, None] * prefix[:, None]  # (B, T, N, N)
@@ -248,20 +248,20 @@ class Parametric(nn.Module):
             n = int(draw_size(self.carried, x.shape[1], ()))
             x, y = x[:, :n], y[:, :n]
         B, S = len(x), self.slots
-        tokens = 0
+        phi, tokens = self.basis(x).detach(), 0  # a trained basis learns from what is predicted, not from how it is updated
         if self.observation is not None:
             tokens = tokens + self.observation(torch.cat([x, y], -1))  # (B, N, D)
         if self.gradient is not None:
-            tokens = tokens + self.gradient(torch.cat([self.gradients(state, x, y) for state in past], -1))
+            tokens = tokens + self.gradient(torch.cat([self.gradients(state, phi, y) for state in past], -1))
         if self.residual is not None:
-            tokens = tokens + self.residual(self.residuals(past[-1], x, y))
+            tokens = tokens + self.residual(self.residuals(past[-1], phi, y))
         if self.clock is not None:
             tokens = tokens + self.clock / (step + 1)  # the weight of a new mini-batch in an average of all
         slots = self.state(torch.stack(past, 1).view(B, self.history, S, -1)) + self.age  # (B, H, S, D)
         h = self.transformer(torch.cat([slots.flatten(1, 2), tokens], 1), self.causal)  # (B, H * S + N, D)
         first = self.history * S
         if self.span:  # a step in the span of the data, as gradient descent's is
-            change = self.pull_back(x, self.decoder(h[:, first:]))
+            change = self.pull_back(phi, self.decoder(h[:, first:]))
         elif self.causal:  # the output at observation t is the state inferred from the first t observations (fig. 5)
             h = h[:, first:] if self.training else h[:, -1:]
             change = self.decoder(h).transpose(0, 1)  # (T, B, P)
