@@ -47,27 +47,27 @@ EDITS = {
     return common.place(model, args)"""),
         ("common.py", "states = model.update(", "states = [model, *model.later][min(step, len(model.later))].update("),
     ],
-    "unit-gradients": [("common.py", "torch.cat([self.gradients(state, x, y) for", "torch.cat([F.normalize(self.gradients(state, x, y), dim=-1) for")],
+    "unit-gradients": [("common.py", "torch.cat([self.gradients(state, phi, y) for", "torch.cat([F.normalize(self.gradients(state, phi, y), dim=-1) for")],
     "loud-bias": [("mnist.py", "F.pad(x, (0, 1), value=1.0) * x", "F.pad(x, (0, 1), value=x.shape[-1] ** 0.5) * x")],
 }  # fmt: skip
 
 # What is varied -> the command of all, and each variant's flags or edit. The first variant is the one that the others are held against.
 GROUPS = {
-    "signal (parametric)": (SPAN, {"data": "", "grad": "--signal grad", "both": "--signal both"}),
-    "history (parametric, signal grad)": (SPAN + " --signal grad", {"1": "", "3": "--history 3", "5": "--history 5"}),
-    "mask (parametric)": (SPAN, {"none": "", "causal": "--mask causal"}),
+    "signal (parametric, span)": (SPAN, {"data": "", "grad": "--signal grad", "both": "--signal both"}),
+    "history (parametric, span, signal grad)": (SPAN + " --signal grad", {"1": "", "3": "--history 3", "5": "--history 5"}),
+    "mask (parametric, span)": (SPAN, {"none": "", "causal": "--mask causal"}),
     "mask (explicit)": (LINREG + " --regime explicit", {"none": "", "causal": "--mask causal"}),
     "mask (implicit)": (LINREG + " --regime implicit", {"none": "", "causal": "--mask causal"}),
-    "state handed on in training (parametric)": (SPAN, {"full": "", "random": "--carry random"}),
+    "state handed on in training (parametric, span)": (SPAN, {"full": "", "random": "--carry random"}),
     "state handed on in training (implicit)": (LINREG + " --regime implicit", {"full": "", "random": "--carry random"}),
     "latent tokens (explicit)": (LINREG + " --regime explicit", {"1": "", "4": "--latent-tokens 4", "8": "--latent-tokens 8"}),
     "output (parametric, decoder linear)": (LINREG + " --decoder linear", {"a change": "", "the next state": "--update direct"}),
     "output (implicit)": (LINREG + " --regime implicit", {"a change": "", "the next state": "--update direct"}),
-    "clock (parametric)": (SPAN, {"none": "", "steps": "--clock steps"}),
+    "clock (parametric, span)": (SPAN, {"none": "", "steps": "--clock steps"}),
     "clock (explicit)": (LINREG + " --regime explicit", {"none": "", "steps": "--clock steps"}),
     "clock (implicit)": (LINREG + " --regime implicit", {"none": "", "steps": "--clock steps"}),
     "state that a query sees (implicit)": (LINREG + " --regime implicit", {"all": "", "a tenth": "--state-scale 0.1", "none": "--state-scale 0"}),
-    "attention (parametric)": (SPAN, {"linear": "", "softmax": "--attention softmax"}),
+    "attention (parametric, span)": (SPAN, {"linear": "", "softmax": "--attention softmax"}),
     "attention (explicit)": (LINREG + " --regime explicit", {"linear": "", "softmax": "--attention softmax"}),
     "attention (implicit)": (LINREG + " --regime implicit", {"linear": "", "softmax": "--attention softmax"}),
     "decoder (parametric)": (LINREG, {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
@@ -77,7 +77,7 @@ GROUPS = {
     "MNIST: basis (explicit)": (MNIST + " --regime explicit", {"fourier": "", "linear": "--basis linear --hidden 100"}),
     "MNIST: output (implicit)": (MNIST, {"a change": "", "the next state": "--update direct"}),
     "MNIST: state that a query sees (implicit)": (MNIST, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),
-    "dtype (parametric)": (SPAN, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
+    "dtype (parametric, span)": (SPAN, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: clock (implicit)": (MNIST, {"none": "", "steps": "--clock steps"}),
     "MNIST: dtype (implicit)": (MNIST, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: state (implicit)": (MNIST, {"logits": "", "softmax": "--state softmax", "latent": "--state latent"}),
@@ -86,7 +86,7 @@ GROUPS = {
     "exercise 6: a loss before any data (parametric)": (LINREG, {"no": "", "yes": "step-0"}),
     "exercise 7: weights (parametric)": (LINREG, {"shared": "", "own for each step": "own-weights"}),
     "exercise 8: gradient tokens (parametric, signal grad)": (LINREG + " --signal grad", {"as they are": "", "unit length": "unit-gradients"}),
-    "MNIST, exercise 10: bias (parametric)": (MNIST + " --regime parametric --decoder span", {"one more feature": "", "√dim times that": "loud-bias"}),
+    "MNIST, exercise 10: bias (parametric, span)": (MNIST + " --regime parametric --decoder span", {"one more feature": "", "√dim times that": "loud-bias"}),
 }
 
 

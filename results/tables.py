@@ -67,10 +67,14 @@ def minutes(results):
 def command(results):
     """As it would be given today: older implicit models of classes saw their whole state, others moved in the span; now this takes flags."""
     args, text = results.get("args", {}), re.sub(" --(data-dir|out) [^ ]+| --overwrite", "", results["command"])
-    classes = re.match("python (mnist|imagenet)", text) and args.get("regime", "implicit") == "implicit" and "--regime parametric" not in text
-    old = " --state-scale 1" * bool(classes and "state_scale" not in args)
-    old += " --decoder span" * (args.get("regime") != "implicit" and args.get("decoder") == "span" and "--decoder" not in text)
-    return f"`{text}{old}`"
+    text, edited, _ = text.partition(", edited")
+    if script := re.match(r"python (linreg|mnist|imagenet)\.py", text):
+        regime = args.get("regime") or (re.findall(r"--regime (\w+)", text) or ["parametric" if script[1] == "linreg" else "implicit"])[0]
+        if regime == "implicit":
+            text += " --state-scale 1" * (script[1] != "linreg" and "state_scale" not in args)
+        else:
+            text += " --decoder span" * (args.get("decoder", "span") == "span" and "--decoder" not in text)
+    return f"`{text}{edited}`"
 
 
 # ---------------------------------------------------------------- one function a table
