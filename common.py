@@ -293,12 +293,13 @@ class Basis(nn.Module):
     kernel ("fourier"; Rahimi and Recht, 2007) exp(-|x - x'|^2 / X), for x whose numbers are of order one.
     """
 
-    def __init__(self, x_dim, hidden, kind, layers=2):
+    def __init__(self, x_dim, hidden, kind):
         super().__init__()
-        self.fourier, layers = kind == "fourier", 0 if kind == "fourier" else layers
+        self.fourier = kind == "fourier"
         self.input = nn.Linear(x_dim, hidden)
-        self.up = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
-        self.down = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
+        layers = range(0 if self.fourier else 2)
+        self.up = nn.ModuleList(nn.Linear(hidden, hidden) for _ in layers)
+        self.down = nn.ModuleList(nn.Linear(hidden, hidden) for _ in layers)
         if self.fourier:
             nn.init.normal_(self.input.weight, std=(2 / x_dim) ** 0.5)
         else:  # other random matrices would mix every change with noise of its own size
