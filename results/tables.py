@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from statistics import mean, stdev
 
+from ablations import GROUPS
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 NOT_RUN = "not run"
@@ -208,6 +210,7 @@ def ablations():
             difference, noise = (row["mean"][K] - first["mean"][K], math.hypot(row["stderr"][K], first["stderr"][K]))
             verdict = "" if row is first else "tie" if abs(difference) <= 2 * noise else "better" if difference < 0 else "worse"
             rows.append([group if row is first else "", label, *(at(row, k, digits) for k in (1, K, last)), verdict, command(row)])
+    rows += [[group, NOT_RUN, "", "", "", "", ""] for group in GROUPS if group not in (found or {})]
     return table(["what is varied", "value", "1", "5", "10", "against the first", "command"], rows) if rows else table(["`python results/ablations.py`"], [[NOT_RUN]])
 
 
