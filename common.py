@@ -237,7 +237,7 @@ class Parametric(nn.Module):
         prefix = torch.ones(N, N, device=phi.device).tril() if self.causal and self.training else torch.ones(1, N, device=phi.device)
         parts = prefix[..., None] * wanted[:, None, :, : self.y_dim]  # (B, T, N, Y)
         if self.solve:
-            kernel = (phi @ phi.mT)[:, None] * prefix[:, :, None] * prefix[:, None]  # (B, T, N, N)
+            kernel = (phi @ phi.mT)[:, None] * prefix[..., None]  # (B, T, N, N): equations of the prefix; parts beyond it come out 0
             # Without a check of its own: a loss that is not finite is found, and named, by the journal.
             parts = torch.linalg.solve_ex(kernel + wanted[:, None, :, -1].exp().diag_embed(), parts)[0]
         return (phi.mT[:, None] @ parts).flatten(2).transpose(0, 1)

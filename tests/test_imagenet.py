@@ -218,7 +218,7 @@ def test_rivals_are_given_exactly_the_data_that_the_model_has_seen(finished):
     for split, features in imagenet.load_images(args).items():
         (task,) = common.evaluation_tasks(lambda B: imagenet.sample_tasks(features, B, 4, args), 4, stream=list(imagenet.NAMES).index(features.key))
         for k in (1, 2, 4):
-            wrong = dict.fromkeys(("nearest class mean", "nearest neighbour", "majority label"), 0)
+            wrong = dict.fromkeys(("nearest class mean", "nearest neighbour", "majority label", "kernel ridge"), 0)
             for b, q in np.ndindex(4, 4):
                 x, y = torch.cat(list(task.context_x[:k, b])), torch.cat(list(task.context_y[:k, b])).argmax(-1)
                 query, label = task.query_x[b, q], int(task.query_y[b, q].argmax())
@@ -226,6 +226,10 @@ def test_rivals_are_given_exactly_the_data_that_the_model_has_seen(finished):
                 wrong["nearest class mean"] += min(means, key=means.get) != label
                 wrong["nearest neighbour"] += int(y[(x - query).norm(dim=-1).argmin()]) != label
                 wrong["majority label"] += int(np.bincount(y).argmax()) != label
+                apart = lambda u, v: np.exp(-((u[:, None] - v) ** 2).sum(-1) / u.shape[1])
+                points, asked, targets = x.double().numpy(), query[None].double().numpy(), np.eye(task.query_y.shape[-1])[y] - 1 / task.query_y.shape[-1]
+                answer = apart(asked, points) @ np.linalg.inv(apart(points, points) + 0.1 * np.eye(len(y))) @ targets
+                wrong["kernel ridge"] += int(answer.argmax()) != label
             for name, count in wrong.items():
                 rival = results["baselines"][split][name]
                 assert rival["mean"][rival["steps"].index(k)] == pytest.approx(100 * count / 16), (split, name, k)

@@ -185,6 +185,15 @@ def test_kernel_ridge_is_a_gaussian_process():
         np.testing.assert_allclose(variance[b, q, 0], 1 - covariance[20, :20] @ given @ covariance[:20, 20], atol=1e-5)
 
 
+def posterior(x, y, query):
+    """Of a Gaussian process, as kernel_ridge defines it, at one query: x (n, dim), y (n, C) -> mean (C,), variance."""
+    x, y, query = (a.double().numpy() for a in (x, y, query))
+    covariance = np.exp(-((x[:, None] - x) ** 2).sum(-1) / len(query)) + 0.1 * np.eye(len(x))
+    to_query = np.exp(-((x - query) ** 2).sum(-1) / len(query))
+    weights = np.linalg.inv(covariance) @ to_query
+    return weights @ (y - 1 / y.shape[1]), 1 - weights @ to_query
+
+
 def test_rivals_are_given_exactly_the_data_that_the_model_has_seen(finished, small_data):
     """Recomputed in loops from the evaluation's own tasks."""
     results = json.load(open(finished("mnist") / "results.json"))
@@ -193,13 +202,16 @@ def test_rivals_are_given_exactly_the_data_that_the_model_has_seen(finished, sma
         images = mnist.load_images(dataset, args)
         (task,) = common.evaluation_tasks(lambda B: mnist.sample_tasks(images, B, 4, args), 4, stream=list(mnist.NAMES).index(dataset))
         for k in range(1, 5):
-            nearest = majority = 0
+            nearest = majority = kernel = product = 0
             for b, q in np.ndindex(4, 4):
                 x, y = torch.cat(list(task.context_x[:k, b])), torch.cat(list(task.context_y[:k, b]))
                 label = int(task.query_y[b, q].argmax())
                 nearest += int(y[(x - task.query_x[b, q]).norm(dim=-1).argmin()].argmax()) != label
                 majority += int(y.sum(0).argmax()) != label
-            for name, wrong in (("nearest neighbour", nearest), ("majority label", majority)):
+                kernel += int(posterior(x, y, task.query_x[b, q])[0].argmax()) != label
+                alone = [posterior(task.context_x[i, b], task.context_y[i, b], task.query_x[b, q]) for i in range(k)]
+                product += int(sum(mean / variance for mean, variance in alone).argmax()) != label
+            for name, wrong in (("nearest neighbour", nearest), ("majority label", majority), ("kernel ridge", kernel), ("kernel ridge, one a batch", product)):
                 rival = results["baselines"][split][name]
                 assert rival["mean"][rival["steps"].index(k)] == pytest.approx(100 * wrong / 16), (split, name, k)
 
