@@ -606,7 +606,7 @@ def extract(argv):
 
 
 def plot(out):
-    common.plot_steps(out, common.read_results(out, "imagenet"))
+    common.plot_steps(out, common.read_results(out, "imagenet"), log_scale=True)
     print(f"plot: {out}/error.png")
 
 

@@ -272,7 +272,7 @@ def evaluate(model, images, dataset, args):
 
 
 def plot(out):
-    common.plot_steps(out, common.read_results(out, "mnist"))
+    common.plot_steps(out, common.read_results(out, "mnist"), log_scale=True)
     print(f"plot: {out}/error.png")
 
 

@@ -38,7 +38,7 @@ Run = namedtuple("Run", "start rates steps observations")  # start(task, rate) y
 
 def predictor_on(basis, y_dim):
     """The parametric regime's predictor as a function: weights w (..., P), x (..., Q, X) -> (..., Q, Y)."""
-    return lambda w, x: basis(x) @ w.unflatten(-1, (-1, y_dim))
+    return lambda w, x: basis(x) @ w.unflatten(-1, (y_dim, -1)).mT
 
 
 def rivals(text):

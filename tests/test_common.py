@@ -314,15 +314,15 @@ def test_gradients_of_observations_equal_autograd_one_by_one(task, regime, loss)
 
 @pytest.mark.parametrize("loss", (squared_error, softmax_cross_entropy))
 def test_gradients_of_a_linear_predictor_have_their_closed_form(task, loss):
-    """d/dW of ½|xW - y|² and of cross-entropy on softmax(xW) is x (prediction - y)^T, with the softmax in the latter."""
+    """That of |Wx - y|² is 2 (Wx - y) x^T, and that of cross-entropy on softmax(Wx) is (softmax(Wx) - y) x^T."""
     model = make("parametric", loss, signal="grad")
     x, y = task.context_x[0], F.one_hot(torch.randint(Y, (B, N)), Y).float()
     state = torch.randn(B, X * Y)
     for b in range(B):
         for n in range(N):
-            logits = x[b, n] @ state[b].view(X, Y)
+            logits = state[b].view(Y, X) @ x[b, n]
             error = 2 * (logits - y[b, n]) if loss is squared_error else logits.exp() / logits.exp().sum() - y[b, n]
-            close(model.gradients(state, x, y)[b, n], torch.outer(x[b, n], error).flatten())
+            close(model.gradients(state, x, y)[b, n], torch.outer(error, x[b, n]).flatten())
 
 
 @pytest.mark.parametrize("regime", ("parametric", "explicit"))
@@ -386,9 +386,9 @@ def test_cotangents_of_a_linear_predictor_are_pulled_back_as_outer_products(task
     x = task.context_x[0]
     found = model.pull_back(x, c)
     for b in range(B):
-        total = torch.zeros(X, Y)
+        total = torch.zeros(Y, X)
         for n in range(N):
-            total = total + torch.outer(x[b, n], c[b, n])
+            total = total + torch.outer(c[b, n], x[b, n])
             if mask == "causal":
                 close(found[n, b], total.flatten())
         close(found[-1, b], total.flatten())
@@ -405,14 +405,14 @@ def test_the_solved_change_is_that_of_weighted_least_squares(task, regime, mask)
         phi, loud = model.basis(x[b, :n]).detach().double(), (-wanted[b, :n, -1:] / 2).double().exp()
         stacked = torch.cat([loud * phi, torch.eye(phi.shape[1], dtype=torch.float64)])
         best = torch.linalg.lstsq(stacked, F.pad(loud * wanted[b, :n, :-1], (0, 0, 0, phi.shape[1]))).solution
-        close(found[n - 1 if mask == "causal" else 0, b].detach(), best.float().flatten(), 1e-4)
+        close(found[n - 1 if mask == "causal" else 0, b].detach(), best.T.float().flatten(), 1e-4)
 
 
 def test_one_solved_step_can_be_the_oracle_of_linear_regression(task):
     """From the weights 0, asked for the targets, with the variance of their noise."""
     model, (x, y) = make("parametric", decoder="solve", mask="none").eval(), (task.context_x[0], task.context_y[0])
     posterior = torch.linalg.solve(x.mT @ x + 0.3 * torch.eye(X), x.mT @ y)
-    close(model.pull_back(x, torch.cat([y, torch.full((B, N, 1), 0.3).log()], -1))[0], posterior.flatten(1), 1e-4)
+    close(model.pull_back(x, torch.cat([y, torch.full((B, N, 1), 0.3).log()], -1))[0], posterior.mT.flatten(1), 1e-4)
 
 
 @pytest.mark.parametrize("decoder", ("span", "solve"))
@@ -655,7 +655,7 @@ def test_evaluation_starts_at_the_initial_state_and_averages_over_queries(task):
     model = make("parametric").train()
     values = common.evaluate(model, task, squared_error)
     assert values.shape == (B, K + 1)
-    initial = task.query_x @ model.theta0.view(X, Y)
+    initial = task.query_x @ model.theta0.view(Y, X).T
     close(values[:, 0], squared_error(initial, task.query_y).mean(1).detach())
 
 

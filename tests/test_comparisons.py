@@ -43,13 +43,13 @@ def test_all_tasks_at_once_are_as_each_alone(make, rate):
     w = start.clone().requires_grad_()
     *_, found = race.descend(make([w], rate), w, batches, objective(race.predictor_on(mnist.basis, 10), mnist.loss))
     for b in range(4):
-        weight, bias = (p.clone().requires_grad_() for p in (start[b, : dim * 10].view(dim, 10), start[b, dim * 10 :]))
+        weight, bias = (p.clone().requires_grad_() for p in start[b].view(10, dim + 1).split((dim, 1), -1))
         optimizer = make([weight, bias], rate)
         for x, y in batches:
             optimizer.zero_grad()
-            F.cross_entropy((x[b] @ weight + bias) / dim**0.5, y[b].argmax(-1)).backward()
+            F.cross_entropy((x[b] @ weight.T + bias[:, 0]) / dim**0.5, y[b].argmax(-1)).backward()
             optimizer.step()
-        torch.testing.assert_close(found[b], torch.cat([weight.flatten(), bias]).detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[b], torch.cat([weight, bias], -1).flatten().detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_lbfgs_over_all_tasks_reaches_least_squares_of_each():

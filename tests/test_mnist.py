@@ -122,11 +122,11 @@ def test_the_first_mini_batches_and_the_queries_of_the_evaluation_do_not_depend_
 def test_prediction_loss_and_error_one_number_at_a_time():
     torch.manual_seed(0)
     parameters, x, y = torch.randn(2, 3, 50), torch.randn(3, 6, 4), F.one_hot(torch.randint(10, (3, 6)), 10).float()
-    logits = mnist.basis(x) @ parameters.unflatten(-1, (5, 10))
+    logits = mnist.basis(x) @ parameters.unflatten(-1, (10, 5)).mT
     assert logits.shape == (2, 3, 6, 10)
     for t, b, q in np.ndindex(2, 3, 6):
-        w = parameters[t, b].view(5, 10)
-        expected = [(sum(w[d, c] * x[b, q, d] for d in range(4)) + w[4, c]) / 2 for c in range(10)]
+        w = parameters[t, b].view(10, 5)
+        expected = [(sum(w[c, d] * x[b, q, d] for d in range(4)) + w[c, 4]) / 2 for c in range(10)]
         torch.testing.assert_close(logits[t, b, q], torch.stack(expected), rtol=1e-4, atol=1e-4)
         label = int(y[b, q].argmax())
         torch.testing.assert_close(mnist.loss(logits, y)[t, b, q], F.cross_entropy(logits[t, b, q], torch.tensor(label)))
