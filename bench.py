@@ -331,7 +331,7 @@ def measure_parts(train, model, args):
 def measure(script, args, repeats):
     """-> what is written about one script and regime; "table" is its row of the table."""
     name, ours, train, sample = load(script, args)
-    tokens = args.tasks * (args.context + (args.queries if args.regime == "implicit" else args.history * args.latent_tokens))
+    tokens = args.tasks * (args.context + (args.queries if args.regime == "implicit" else args.history * args.latent_tokens * (args.decoder == "linear")))
     K, side = args.steps, 8192 if "cuda" in args.device else 2048
     stock = copy.deepcopy(ours)
     stock.transformer = Stock(args.width, args.depth, args.heads).to(args.device)

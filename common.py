@@ -191,18 +191,21 @@ class Parametric(nn.Module):
         super().__init__()
         self.loss, self.basis, self.y_dim = loss, basis, y_dim
         self.history, self.causal, self.carried = args.history, args.mask == "causal", args.carry
-        self.slots = args.latent_tokens  # tokens that the state is spread over; 1 but for explicit without a mask
         self.span, self.solve, self.direct = args.decoder != "linear", args.decoder == "solve", args.update == "direct"
         D, P = args.width, basis(torch.zeros(x_dim)).shape[-1] * y_dim
         self.theta0 = nn.Parameter(torch.zeros(P))
         self.observation = nn.Linear(x_dim + y_dim, D) if args.signal in ("data", "both") else None
         self.gradient = nn.Linear(self.history * P, D) if args.signal in ("grad", "both") else None
-        self.residual = nn.Linear(y_dim, D) if self.span else None
-        self.state = nn.Parameter(torch.randn(P // self.slots, D) * (3 * P // self.slots) ** -0.5)  # the gradient of a Linear so wide and short is slow
-        self.age = nn.Parameter(0.02 * torch.randn(self.history, 1, D))  # tells past states from the current one
+        if self.span:  # a state is seen by what it gets wrong, and never as weights
+            self.residual = nn.Linear(self.history * y_dim, D)
+            self.decoder = nn.Linear(D, y_dim + self.solve)
+        else:
+            self.slots = args.latent_tokens  # tokens that the state is spread over; 1 but for explicit without a mask
+            self.state = nn.Linear(P // self.slots, D)
+            self.age = nn.Parameter(0.02 * torch.randn(self.history, 1, D))  # tells past states from the current one
+            self.decoder = nn.Linear(D, P // self.slots)
         self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
         self.transformer = Transformer(D, args.depth, args.heads, args.attention)
-        self.decoder = nn.Linear(D, y_dim + self.solve if self.span else P // self.slots)
         nn.init.zeros_(self.decoder.weight)  # the untrained update is "stay": no step starts by throwing the state away
         nn.init.zeros_(self.decoder.bias)
 
@@ -251,27 +254,29 @@ class Parametric(nn.Module):
         if self.training and not self.causal:  # one random size a step for the whole batch (sec. 11.4)
             n = int(draw_size(self.carried, x.shape[1], ()))
             x, y = x[:, :n], y[:, :n]
-        B, S = len(x), self.slots
         phi, tokens = self.basis(x).detach(), 0  # a trained basis learns from what is predicted, not from how it is updated
         if self.observation is not None:
             tokens = tokens + self.observation(torch.cat([x, y], -1))  # (B, N, D)
         if self.gradient is not None:
             tokens = tokens + self.gradient(torch.cat([self.gradients(state, phi, y) for state in past], -1))
-        if self.residual is not None:
-            tokens = tokens + self.residual(self.residuals(past[-1], phi, y))
+        if self.span:
+            tokens = tokens + self.residual(torch.cat([self.residuals(state, phi, y) for state in past], -1))
         if self.clock is not None:
             tokens = tokens + self.clock / (step + 1)  # the weight of a new mini-batch in an average of all
-        slots = torch.stack(past, 1).view(B, self.history, S, -1) @ self.state + self.age  # (B, H, S, D)
-        h = self.transformer(torch.cat([slots.flatten(1, 2), tokens], 1), self.causal)  # (B, H * S + N, D)
-        first = self.history * S
-        if self.span:  # a step in the span of the data, as gradient descent's is
-            change = self.pull_back(phi, self.decoder(h[:, first:]))
-        elif self.causal:  # the output at observation t is the state inferred from the first t observations (fig. 5)
-            h = h[:, first:] if self.training else h[:, -1:]
-            change = self.decoder(h).transpose(0, 1)  # (T, B, P)
-        else:  # the outputs at the current state's own tokens (fig. 7)
-            change = self.decoder(h[:, first - S : first]).reshape(1, B, -1)
+        if self.span:
+            change = self.pull_back(phi, self.decoder(self.transformer(tokens, self.causal)))
+        else:
+            change = self.read_off(past, tokens)
         return change if self.direct else past[-1] + change
+
+    def read_off(self, past, tokens):
+        """The paper's decoder: states are tokens before those of the observations (B, N, D), and outputs are weights -> (T, B, P)."""
+        B, S, H = len(tokens), self.slots, self.history
+        slots = self.state(torch.stack(past, 1).view(B, H, S, -1)) + self.age  # (B, H, S, D)
+        h = self.transformer(torch.cat([slots.flatten(1, 2), tokens], 1), self.causal)  # (B, H * S + N, D)
+        if self.causal:  # at observation t: the state inferred from the first t observations (fig. 5)
+            return self.decoder(h[:, H * S :] if self.training else h[:, -1:]).transpose(0, 1)
+        return self.decoder(h[:, (H - 1) * S : H * S]).reshape(1, B, -1)  # at the current state's own tokens (fig. 7)
 
     def carry(self, states):
         """The state (B, P) handed to the next step, out of those after each prefix (T, B, P)."""
@@ -317,7 +322,7 @@ class Basis(nn.Module):
         for up, down in zip(self.up, self.down):
             h = h + down(F.gelu(up(h)))
         features = torch.cat([h.cos(), h.sin()], -1) if self.fourier else h
-        return features * h.shape[-1] ** -0.5
+        return features.mul_(h.shape[-1] ** -0.5)  # in place: it is the largest tensor of a step
 
 
 class Implicit(nn.Module):
@@ -498,7 +503,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--carry", choices=("full", "random"), default="full", help="in training, hand over states of whole mini-batches (full) or of random prefixes (random)")
     add("--basis", choices=("linear", "fourier"), default="linear", help="what the explicit regime's trained basis functions of x start as")
     add("--hidden", type=count, default=64, help="how many of them (frequencies, of a cosine and a sine each); the latent has a weight for each and each number in y")
-    add("--latent-tokens", type=count, default=1, help="tokens that the latent is spread over, under --mask none; they divide --hidden")
+    add("--latent-tokens", type=count, default=1, help="tokens that the latent is spread over, with --decoder linear --mask none; they divide --hidden")
     add = parser.add_argument_group("the transformer").add_argument
     add("--width", type=count, default=64, help="D, numbers in a token")
     add("--depth", type=count, default=3, help="layers")
@@ -590,7 +595,7 @@ def check(args, given):
         (args.tasks % RANKS, f"--tasks {args.tasks} is not divisible by the {RANKS} ranks that share them"),
         (not implicit and args.state != "logits", f"--state {args.state} is for --regime implicit; the state of --regime {args.regime} is given by the regime"),
         (not implicit and "state_scale" in given, "--state-scale is for --regime implicit"),
-        (args.latent_tokens > 1 and not (explicit and args.mask == "none"), "--latent-tokens above 1 needs --regime explicit --mask none (a causal mask reads the latent at every observation)"),
+        (args.latent_tokens > 1 and not (explicit and args.decoder == "linear" and args.mask == "none"), "--latent-tokens above 1 needs --regime explicit --decoder linear --mask none (a causal mask reads the latent at every observation)"),
         (implicit and "decoder" in given, "--decoder is for the updates of --regime parametric and explicit; implicit states are decoded as predictions"),
         (not implicit and args.decoder != "linear" and args.update == "direct", "--update direct needs --decoder linear; in the span of the data there are changes only"),
         (not explicit and "basis" in given, "--basis is for --regime explicit"),

@@ -60,7 +60,7 @@ GROUPS = {
     "mask (implicit)": (LINREG + " --regime implicit", {"none": "", "causal": "--mask causal"}),
     "state handed on in training (parametric, span)": (SPAN, {"full": "", "random": "--carry random"}),
     "state handed on in training (implicit)": (LINREG + " --regime implicit", {"full": "", "random": "--carry random"}),
-    "latent tokens (explicit)": (LINREG + " --regime explicit", {"1": "", "4": "--latent-tokens 4", "8": "--latent-tokens 8"}),
+    "latent tokens (explicit, decoder linear)": (LINREG + " --regime explicit --decoder linear", {"1": "", "4": "--latent-tokens 4", "8": "--latent-tokens 8"}),
     "output (parametric, decoder linear)": (LINREG + " --decoder linear", {"a change": "", "the next state": "--update direct"}),
     "output (implicit)": (LINREG + " --regime implicit", {"a change": "", "the next state": "--update direct"}),
     "clock (parametric, span)": (SPAN, {"none": "", "steps": "--clock steps"}),
