@@ -7,7 +7,7 @@ Out of distribution: the other dataset. The metric is the error in %; guessing c
     python mnist.py --regime implicit --steps 5     # the main job: 33% after 1 step, 20% after 5; ten minutes on one core
     python mnist.py --dataset fmnist --dim 50       # another dataset, an easier projection
     python mnist.py --regime parametric             # the weights of a linear predictor as state: 37% and 25%
-    python mnist.py --regime explicit               # those of a trained network's last layer: 33% and 18%; a quarter of an hour
+    python mnist.py --regime explicit               # those of a trained network's last layer: 33% and 18%
 """
 
 import gzip

@@ -23,7 +23,6 @@ ROOT = HERE.parent
 OUT = ROOT / "out" / "ablations"
 SEEDS = (0, 1, 2)
 LINREG = "linreg.py --dim 8 --context 15 --iters 500"
-SPAN = LINREG + " --decoder span"
 MNIST = "mnist.py --dim 50 --iters 300"
 
 # The edits of the README's exercises: (file, what stands there, what is put in its place).
@@ -53,20 +52,20 @@ EDITS = {
 
 # What is varied -> the command of all, and each variant's flags or edit. The first variant is the one that the others are held against.
 GROUPS = {
-    "signal (parametric, span)": (SPAN, {"data": "", "grad": "--signal grad", "both": "--signal both"}),
-    "history (parametric, span, signal grad)": (SPAN + " --signal grad", {"1": "", "3": "--history 3", "5": "--history 5"}),
-    "mask (parametric, span)": (SPAN, {"none": "", "causal": "--mask causal"}),
+    "signal (parametric)": (LINREG, {"data": "", "grad": "--signal grad", "both": "--signal both"}),
+    "history (parametric, signal grad)": (LINREG + " --signal grad", {"1": "", "3": "--history 3", "5": "--history 5"}),
+    "mask (parametric)": (LINREG, {"none": "", "causal": "--mask causal"}),
     "mask (explicit)": (LINREG + " --regime explicit", {"none": "", "causal": "--mask causal"}),
     "mask (implicit)": (LINREG + " --regime implicit", {"none": "", "causal": "--mask causal"}),
-    "state handed on in training (parametric, span)": (SPAN, {"full": "", "random": "--carry random"}),
+    "state handed on in training (parametric)": (LINREG, {"full": "", "random": "--carry random"}),
     "state handed on in training (implicit)": (LINREG + " --regime implicit", {"full": "", "random": "--carry random"}),
     "latent tokens (explicit, decoder linear)": (LINREG + " --regime explicit --decoder linear", {"1": "", "4": "--latent-tokens 4", "8": "--latent-tokens 8"}),
     "output (parametric, decoder linear)": (LINREG + " --decoder linear", {"a change": "", "the next state": "--update direct"}),
     "output (implicit)": (LINREG + " --regime implicit", {"a change": "", "the next state": "--update direct"}),
-    "clock (parametric, span)": (SPAN, {"none": "", "steps": "--clock steps"}),
+    "clock (parametric)": (LINREG, {"none": "", "steps": "--clock steps"}),
     "clock (implicit)": (LINREG + " --regime implicit", {"none": "", "steps": "--clock steps"}),
     "state that a query sees (implicit)": (LINREG + " --regime implicit", {"all": "", "a tenth": "--state-scale 0.1", "none": "--state-scale 0"}),
-    "attention (parametric, span)": (SPAN, {"linear": "", "softmax": "--attention softmax"}),
+    "attention (parametric)": (LINREG, {"linear": "", "softmax": "--attention softmax"}),
     "attention (implicit)": (LINREG + " --regime implicit", {"linear": "", "softmax": "--attention softmax"}),
     "decoder (parametric)": (LINREG, {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
     "decoder (explicit)": (LINREG + " --regime explicit", {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
@@ -75,7 +74,7 @@ GROUPS = {
     "MNIST: basis (explicit)": (MNIST + " --regime explicit", {"fourier": "", "linear": "--basis linear --hidden 100"}),
     "MNIST: output (implicit)": (MNIST, {"a change": "", "the next state": "--update direct"}),
     "MNIST: state that a query sees (implicit)": (MNIST, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),
-    "dtype (parametric, span)": (SPAN, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
+    "dtype (parametric)": (LINREG, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: clock (implicit)": (MNIST, {"none": "", "steps": "--clock steps"}),
     "MNIST: dtype (implicit)": (MNIST, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: state (implicit)": (MNIST, {"logits": "", "softmax": "--state softmax", "latent": "--state latent"}),
@@ -84,7 +83,7 @@ GROUPS = {
     "exercise 6: a loss before any data (parametric)": (LINREG, {"no": "", "yes": "step-0"}),
     "exercise 7: weights (parametric)": (LINREG, {"shared": "", "own for each step": "own-weights"}),
     "exercise 8: gradient tokens (parametric, signal grad)": (LINREG + " --signal grad", {"as they are": "", "unit length": "unit-gradients"}),
-    "MNIST, exercise 10: bias (parametric, span)": (MNIST + " --regime parametric --decoder span", {"one more feature": "", "√dim times that": "loud-bias"}),
+    "MNIST, exercise 10: bias (parametric)": (MNIST + " --regime parametric", {"one more feature": "", "√dim times that": "loud-bias"}),
 }
 
 
