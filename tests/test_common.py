@@ -179,11 +179,13 @@ def test_without_a_mask_training_draws_one_length_for_the_whole_batch(task, regi
 
 
 def test_a_state_of_several_latent_tokens_uses_them_all(task):
-    model = make("explicit", mask="none", latent_tokens=3, signal="both", history=2).eval()
-    state = model.initial_state(task.query_x)
-    assert state.shape == (B, 6 * Y)
-    states = model.update([state, state + 0.1], task.context_x[0], task.context_y[0], task.query_x)
-    assert states.shape == (1, B, 6 * Y)
+    model = make("explicit", mask="none", latent_tokens=3, history=2).eval()
+    x, y, (older, newest) = task.context_x[0], task.context_y[0], past_states(model, task)
+    assert newest.shape == (B, 6 * Y)
+    states = model.update([older, newest], x, y, task.query_x)
+    slots = [model.state(part) + age for state, age in zip((older, newest), model.age[:, 0]) for part in state.chunk(3, 1)]
+    h = model.transformer(torch.cat([torch.stack(slots, 1), model.observation(torch.cat([x, y], -1))], 1), False)
+    close(states, torch.cat([part + model.decoder(h[:, i]) for i, part in enumerate(newest.chunk(3, 1), 3)], 1)[None])
     prediction = model.predict(states, task.query_x)
     assert prediction.shape == (1, B, Q, Y)
     (gradient,) = torch.autograd.grad(prediction.square().sum(), states)
