@@ -25,10 +25,14 @@ def load(name):
 
 
 def merge(rows):
-    """The same row of several seeds, averaged. Seeds share their evaluation tasks: a standard error holds the tasks' and the seeds'."""
-    over_seeds = [stdev(step) / len(rows) ** 0.5 for step in zip(*(row["mean"] for row in rows))]
+    """The same row of several seeds, averaged, and so are rows inside of it, such as the excess of a W2.
+
+    Seeds share their evaluation tasks: a standard error holds the tasks' and the seeds'. Rivals that no seed touches stay as they are.
+    """
+    over_seeds = [stdev(step) / len(step) ** 0.5 if len(step) > 1 else 0 for step in zip(*(row["mean"] for row in rows))]
     over_tasks = [mean(step) for step in zip(*(row["stderr"] for row in rows))]
-    return {"mean": [mean(step) for step in zip(*(row["mean"] for row in rows))], "stderr": list(map(math.hypot, over_tasks, over_seeds))}
+    inside = {key: merge([row[key] for row in rows]) for key in rows[0] if isinstance(rows[0][key], dict)}
+    return rows[0] | inside | {"mean": [mean(step) for step in zip(*(row["mean"] for row in rows))], "stderr": list(map(math.hypot, over_tasks, over_seeds))}
 
 
 def read(name):
@@ -36,10 +40,11 @@ def read(name):
     found = [r for r in (load(name), *(load(f"{name}.seed{seed}") for seed in range(1, 10))) if r]
     if not found:
         return None
-    for split, m in found[0]["metrics"].items() if len(found) > 1 else ():
-        seeds = [r["metrics"][split] for r in found]
-        beside = {key: merge([s[key] for s in seeds]) for key in m if isinstance(m[key], dict)}  # such as the excess of a W2
-        m.update(merge(seeds) | beside)
+    metrics, baselines = found[0]["metrics"], found[0]["baselines"]
+    for split in metrics:
+        metrics[split] = merge([r["metrics"][split] for r in found])
+        for name in baselines[split]:  # some of causal graphs' are the model, too
+            baselines[split][name] = merge([r["baselines"][split][name] for r in found if name in r["baselines"][split]])
     return found[0] | {"seeds": len(found), "cpu_seconds": mean(r.get("cpu_seconds", r["train_seconds"]) for r in found)}
 
 
