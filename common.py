@@ -57,7 +57,7 @@ def refine(model, task):
 
 
 def draw_size(carry, N, shape, device="cpu"):
-    """Context sizes for training, where a step has one size (a query): uniform in 1 ... N, or else the whole mini-batch.
+    """Context sizes for training, one a step (or one a query): uniform in 1 ... N, or else the whole mini-batch.
 
     In evaluation states come from whole mini-batches. A model that met only the poorer states of random prefixes trusts
     them too little later on, so with carry "full" half of the draws are N.
@@ -73,8 +73,9 @@ def softmax_attention(q, k, v, visible=None, causal=False):
     """softmax(q . k) v over the visible tokens; q (B, heads, S, C), k and v (B, heads, N, C), visible a boolean mask or None."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose kernel is many times slower than in float32, backwards
         if k.shape[-2] <= 256:  # two products beat either while their maps fit into the cache
-            scores = (q * q.shape[-1] ** -0.5 @ k.mT).float()
-            if (visible := prefixes(scores) if causal else visible) is not None:
+            scores = ((q * q.shape[-1] ** -0.5) @ k.mT).float()
+            visible = prefixes(scores) if causal else visible
+            if visible is not None:
                 scores = scores.masked_fill(~visible, -torch.inf)
             return scores.softmax(-1).to(v.dtype) @ v
         q, k, v = q.float(), k.float(), v.float()
@@ -229,9 +230,9 @@ class Parametric(nn.Module):
             predictions = self.apply_to(phi, state).detach().requires_grad_()
             return torch.autograd.grad(self.loss(predictions, y).sum(), predictions)[0]
 
-    def gradients(self, state, phi, y):
-        """Gradient of each observation's loss at the state (B, P), by the chain rule -> (B, N, P)."""
-        return (self.residuals(state, phi, y)[..., None] * phi[..., None, :]).flatten(2)
+    def gradients(self, residuals, phi):
+        """Gradient of each observation's loss at the state, by the chain rule: (B, N, Y) and (B, N, F) -> (B, N, P)."""
+        return (residuals[..., None] * phi[..., None, :]).flatten(2)
 
     def pull_back(self, phi, wanted):
         """What tokens want of the predictions on phi = basis(x) (B, N, F), as a change of the weights, for each prefix -> (T, B, P).
@@ -245,7 +246,7 @@ class Parametric(nn.Module):
         parts = prefix[..., None] * wanted[:, None, :, : self.y_dim]  # (B, T, N, Y)
         if self.solve:
             kernel = (phi @ phi.mT)[:, None] * prefix[..., None]  # (B, T, N, N): equations of the prefix; parts beyond it come out 0
-            # Without a check of its own: a loss that is not finite is found, and named, by the journal.
+            # solve_ex, which does not check: a system without a solution ends in a loss that is not finite, which the journal names.
             parts = torch.linalg.solve_ex(kernel + wanted[:, None, :, -1].exp().diag_embed(), parts)[0]
         return (parts.mT @ phi[:, None]).flatten(2).transpose(0, 1)
 
@@ -254,13 +255,14 @@ class Parametric(nn.Module):
         if self.training and not self.causal:  # one random size a step for the whole batch (sec. 11.4)
             n = int(draw_size(self.carried, x.shape[1], ()))
             x, y = x[:, :n], y[:, :n]
-        phi, tokens = self.basis(x).detach(), 0  # a trained basis learns from what is predicted, not from how it is updated
+        phi = self.basis(x).detach()  # a trained basis learns from what is predicted, not from how it is updated
+        residuals, tokens = [self.residuals(state, phi, y) for state in past], 0
         if self.observation is not None:
             tokens = tokens + self.observation(torch.cat([x, y], -1))  # (B, N, D)
         if self.gradient is not None:
-            tokens = tokens + self.gradient(torch.cat([self.gradients(state, phi, y) for state in past], -1))
+            tokens = tokens + self.gradient(torch.cat([self.gradients(r, phi) for r in residuals], -1))
         if self.span:
-            tokens = tokens + self.residual(torch.cat([self.residuals(state, phi, y) for state in past], -1))
+            tokens = tokens + self.residual(torch.cat(residuals, -1))
         if self.clock is not None:
             tokens = tokens + self.clock / (step + 1)  # the weight of a new mini-batch in an average of all
         if self.span:
@@ -331,7 +333,7 @@ class Implicit(nn.Module):
     def __init__(self, args, x_dim, y_dim, loss=None, basis=None):
         super().__init__()
         self.history, self.causal, self.carried, self.kind = args.history, args.mask == "causal", args.carry, args.state
-        # Logits outgrow the labels that share their encoder: of those a query is shown a part.
+        # Logits outgrow the one-hot labels that share their encoder: a query is shown --state-scale of them.
         self.adds, self.scale = args.update == "residual", args.state_scale
         D, S = args.width, (args.width if args.state == "latent" else y_dim)
         self.initial = nn.Parameter(torch.zeros(S))
@@ -728,7 +730,7 @@ def place(model, args):
 
 
 def make_optimizer(model, args):
-    """AdamW. The explicit regime's predictor learns at 3% of the rate: who makes updates must keep up with what they act on."""
+    """AdamW. The explicit regime's predictor learns at 3% of the rate: the transformer that updates its weights has to keep up with it."""
     predictor = {p for name, p in model.named_parameters() if name.startswith("basis.")}
     groups = [{"params": [p for p in model.parameters() if p not in predictor], "share": 1.0}]
     if predictor:
@@ -890,7 +892,7 @@ def seen(task, k):
 
 def summary(chunks, steps=None, **extra):
     """Chunks of (tasks, steps) values -> mean and standard error over tasks, ready for results.json."""
-    values = torch.cat(list(chunks)).double().cpu()
+    values = torch.cat(chunks).double().cpu()
     steps = list(range(values.shape[1])) if steps is None else steps
     stderr = values.std(0) / len(values) ** 0.5
     return extra | {"steps": steps, "mean": values.mean(0).tolist(), "stderr": stderr.tolist(), "tasks": len(values)}
@@ -975,19 +977,19 @@ def plot_steps(out, results, log_scale=False):
 
     A split is in distribution, out of it, or a family of tasks that its data name describes.
     """
-    plt, colors = pyplot(), COLORS
-    metrics, log, K = results["metrics"], read_log(out), results["args"]["steps"]
-    panels = len(metrics) + bool(log)
+    plt, args, metrics, log = pyplot(), results["args"], results["metrics"], read_log(out)
+    K, panels = args["steps"], len(metrics) + bool(log)
     columns = panels if panels <= 5 else 3
-    fig, axes = plt.subplots(-(-panels // columns), columns, figsize=(4.6 * columns, 3.8 * -(-panels // columns)), squeeze=False)
+    rows = -(-panels // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), squeeze=False)
     axes = axes.flatten()
     for ax in axes[panels:]:
         ax.axis("off")
     for ax, (split, m) in zip(axes, metrics.items()):
-        ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label="this model", zorder=3)
+        ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=COLORS[0], lw=2, capsize=3, label="this model", zorder=3)
         for i, (name, b) in enumerate(results["baselines"].get(split, {}).items(), 1):
             marker = "." if len(b["steps"]) > 1 else "D"
-            ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=marker, color=colors[i % len(colors)], label=name)
+            ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=marker, color=COLORS[i % len(COLORS)], label=name)
         ax.axvline(K, color="0.7", lw=1, zorder=0, label="trained up to here")
         where = "in distribution: " if split == "id" else "out of distribution: " if split.startswith("ood") else ""
         ax.set(title=textwrap.fill(where + m["data"], 45), xlabel="mini-batches seen", ylabel=m["name"])
@@ -1006,7 +1008,6 @@ def plot_steps(out, results, log_scale=False):
         ax.set(title="training loss of each step", xlabel="iteration")
         ax.legend(fontsize=7, ncols=2 if K > 5 else 1)
         ax.grid(alpha=0.3)
-    args = results["args"]
     kind = args["regime"] if args["regime"] == "implicit" else f"{args['regime']}, signal {args['signal']}, decoder {args['decoder']}"
     kind += ", with a clock" if args.get("clock") == "steps" else ""
     title = f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}"

@@ -46,7 +46,7 @@ EDITS = {
     return common.place(model, args)"""),
         ("common.py", "states = model.update(", "states = [model, *model.later][min(step, len(model.later))].update("),
     ],
-    "unit-gradients": [("common.py", "torch.cat([self.gradients(state, phi, y) for", "torch.cat([F.normalize(self.gradients(state, phi, y), dim=-1) for")],
+    "unit-gradients": [("common.py", "torch.cat([self.gradients(r, phi) for", "torch.cat([F.normalize(self.gradients(r, phi), dim=-1) for")],
     "loud-bias": [("mnist.py", "F.pad(x, (0, 1), value=1.0) * x", "F.pad(x, (0, 1), value=x.shape[-1] ** 0.5) * x")],
 }  # fmt: skip
 

@@ -306,7 +306,7 @@ def test_gradients_of_observations_equal_autograd_one_by_one(task, regime, loss)
     x, y = task.context_x[0], F.one_hot(torch.randint(Y, (B, N)), Y).float()
     state = torch.randn(B, model.theta0.numel())
     with torch.no_grad():  # as in evaluation
-        at_once = model.gradients(state, model.basis(x), y)
+        at_once = model.gradients(model.residuals(state, model.basis(x), y), model.basis(x))
     for b in range(B):
         for n in range(N):
             one = state[b].clone().requires_grad_()
@@ -324,7 +324,7 @@ def test_gradients_of_a_linear_predictor_have_their_closed_form(task, loss):
         for n in range(N):
             logits = state[b].view(Y, X) @ x[b, n]
             error = 2 * (logits - y[b, n]) if loss is squared_error else logits.exp() / logits.exp().sum() - y[b, n]
-            close(model.gradients(state, x, y)[b, n], torch.outer(error, x[b, n]).flatten())
+            close(model.gradients(model.residuals(state, x, y), x)[b, n], torch.outer(error, x[b, n]).flatten())
 
 
 @pytest.mark.parametrize("regime", ("parametric", "explicit"))
