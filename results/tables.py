@@ -1,4 +1,4 @@
-"""Writes the README's tables from the JSON files beside this script: python results/tables.py
+"""Writes the tables of both README.md, that of the project and the one here, from the JSON files beside this script: python results/tables.py
 
 Every number between a pair of <!-- table: NAME --> and <!-- end --> comments comes from here, and a test compares. A file is
 the results.json of the command that it names itself; NAME.seed1.json is that of the same command with --seed 1. Columns
@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from ablations import GROUPS
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE / "README.md")
 NOT_RUN = "not run"
 
 
@@ -43,7 +43,7 @@ def read(name):
     metrics, baselines = found[0]["metrics"], found[0]["baselines"]
     for split in metrics:
         metrics[split] = merge([r["metrics"][split] for r in found])
-        for name in baselines[split]:  # some of causal graphs' are the model, too
+        for name in dict.fromkeys(name for r in found for name in r["baselines"][split]):  # some of causal graphs' are the model, too
             baselines[split][name] = merge([r["baselines"][split][name] for r in found if name in r["baselines"][split]])
     return found[0] | {"seeds": len(found), "cpu_seconds": mean(r.get("cpu_seconds", r["train_seconds"]) for r in found)}
 
@@ -88,28 +88,24 @@ def command(results):
 
 
 def quick():
-    """What to expect of the main commands."""
-
-    def error(r, split="id"):
-        m = r["metrics"][split]
-        return "step 1: {:.3g}, step 5: {:.3g}".format(*(value(m, k) for k in (1, 5)))
-
-    def regression(r):
-        oracle = r["baselines"]["id"]["ridge, all seen"]
-        return f"squared error at {error(r)}; oracle {value(oracle, 5):.3g}"
-
-    def order(r):
-        K = r["args"]["steps"]
-        return "; ".join(f"{m['data']}: stage error {value(m, K):.2f}" for m in list(r["metrics"].values())[:2])
-
-    jobs = {
-        "linreg": regression, "linreg-implicit": regression, "mnist-parametric": lambda r: f"error % at {error(r)}", "mnist-explicit": lambda r: f"error % at {error(r)}", "mnist": lambda r: f"error % at {error(r)}",
-        "imagenet-parametric": lambda r: f"error % at {error(r)} ({r['metrics']['id']['data']})", "toposort": order,
-        "mog_flow": lambda r: f"W₂ at {error(r)}", "alphabets": lambda r: f"W₂ at {error(r)}",
-    }  # fmt: skip
-    rows = [[command(r), minutes(r), expect(r)] for r, expect in ((read(name), expect) for name, expect in jobs.items()) if r]
-    paper = [[f"`python {script}.py --preset paper`, one GPU", NOT_RUN, ""] for script in ("linreg", "mnist", "imagenet", "toposort", "mog_flow", "alphabets")]
-    return table(["one laptop core", "minutes", "expect"], rows + paper)
+    """The main commands: how long they take, what to expect, and what stands beside them after five mini-batches."""
+    images, flow = ("logistic regression", "kernel ridge"), ("kernel density",)
+    jobs = [
+        *(("linreg" + regime, "id", 3, ("ridge, all seen",)) for regime in ("", "-explicit", "-implicit")),
+        *(("mnist" + regime, "id", 1, images) for regime in ("", "-parametric", "-explicit")),
+        *(("imagenet" + regime, "id", 1, images) for regime in ("", "-parametric", "-explicit")),
+        *(("toposort", split, 2, ("random order",)) for split in ("rff_in_8", "lin_in_8")),
+        ("mog_flow", "id", 2, flow), ("alphabets", "id", 2, flow),
+    ]  # fmt: skip
+    rows = []
+    for name, split, digits, rivals in jobs:
+        r, key = read(name), "excess" if rivals is flow else None
+        m, beside = r["metrics"][split], r["baselines"][split]
+        what = f"{m['name'].partition(',')[0]}{' (excess)' * bool(key)}: {m['data'].partition(' (')[0]}"
+        others = "; ".join(f"{rival} {at(beside[rival], 5, digits, key).partition(' ')[0]}" for rival in rivals if rival in beside)
+        rows.append([command(r), minutes(r), what, *(at(m, k, digits, key) for k in (1, 5)), others])
+    rows.append(["any with `--preset paper`, one GPU", NOT_RUN] + [""] * 4)
+    return table(["command", "minutes", "error", "after 1", "after 5", "beside it, after 5"], rows)
 
 
 def linreg():
@@ -187,7 +183,7 @@ def race():
         ratio = "" if "faster" not in row else "never as good" if row["faster"] is None else f"{row['faster']:.2g} ×"
         rows.append([name, f"{row['mean'][end]:.3f} ± {row['stderr'][end]:.3f}", f"{1000 * row['seconds'][end]:.1f}", row["observations"][end], ratio])
     head = f"{command(results)}: {results['machine']}, {results['threads']} thread(s), {results['dtype']}, {results['batch']} tasks at once, seed {results['args']['seed']}."
-    return head + "\n\n" + table(["", results["metric"], "ms", "observations seen", "this model gets there sooner by"], rows)
+    return head + "\n\n" + table(["", results["metric"], "ms", "observations seen", "its time / this model's to the same error"], rows)
 
 
 def cost():
@@ -312,7 +308,7 @@ def sampler():
     if not results:
         return ""
     found = {name: results[name] for name in ("lin", "rff")}
-    rows = "; ".join(f"{name.upper()} {row['ms']:.2f} against {row['loop']:.2f} ms, {row['ratio']:.1f} times faster" for name, row in found.items())
+    rows = "; ".join(f"{name.upper()} {row['ms']:.2f} against {row['loop']:.2f} ms, {row['loop'] / row['ms']:.1f} times faster" for name, row in found.items())
     ours, loop = (sum(row[key] for row in found.values()) for key in ("ms", "loop"))
     return f"\n\nCausal graphs, a data set of {results['rows']} rows, {command(results)}: {rows} than a plain numpy loop; both in equal parts, as in training: {loop / ours:.1f} times."
 
@@ -321,7 +317,7 @@ TABLES = {"bench": bench, "quick": quick, "linreg": linreg, "special": special, 
 
 
 def fill(text):
-    """README text with every table made anew."""
+    """The text of a page with every table made anew."""
 
     def replace(match):
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
@@ -331,4 +327,5 @@ def fill(text):
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()  # it has no flags: --help must not write
-    README.write_text(fill(README.read_text()))
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))
