@@ -4,7 +4,7 @@ A task is a causal model on `--nodes` variables: a random graph and, for each no
 From rows of data alone, standardised, the model says which nodes are leaves (have no child), and refines its K answers
 over K mini-batches of `--context` rows. Removing the likeliest leaf and asking again orders all nodes, last ones first.
 
-    python toposort.py                              # 8 nodes; tested on 8 and on 12; 11 minutes on one core
+    python toposort.py                              # 8 nodes; tested on 8 and on 12; 12 minutes on one core
     python toposort.py --preset paper               # 20 nodes; tested on 20 and on 50; one GPU
 """
 
@@ -43,6 +43,8 @@ def get_args(argv=None):
         common.fail("--mask causal: rows and nodes are sets that attend to each other both ways (use --mask none)")
     if args.queries is not None:
         common.fail("--queries: every node of a graph is a query; set their number with --nodes")
+    if args.steps * args.context == 1:
+        common.fail("--steps 1 --context 1: a single row has no variance to divide by")
     return args
 
 
@@ -387,12 +389,18 @@ def contenders(model, raw, batches, luck):
     def vote(k, nodes):
         return sum(infer(model, columns(batch[None], nodes)).softmax(-1) for batch in batches[:k]) / k
 
-    def unexplained(k, nodes):  # 1 - R^2
-        return 1 / precision(seen(k, nodes), torch.ones_like(nodes, dtype=torch.bool), ridge=1e-9).diagonal(dim1=1, dim2=2)
+    def variance(rows):
+        return rows.double().var(1, correction=0).clamp(min=1e-12)
 
-    def kernel_unexplained(k, nodes):
+    def unexplained(k, nodes):  # 1 - R^2
+        rows = seen(k, nodes)
+        left = 1 / precision(rows, torch.ones_like(nodes, dtype=torch.bool), ridge=1e-9).diagonal(dim1=1, dim2=2)
+        return left / variance(rows)
+
+    def kernel_unexplained(k, nodes):  # the mean log of it over mini-batches
         each = columns(batches[:k], nodes).flatten(0, 1)
-        return kernel_residual(each, torch.ones_like(each[:, 0], dtype=torch.bool))[1][:, 0].view(k, *nodes.shape).mean(0)
+        log_left = 2 * kernel_residual(each, torch.ones_like(each[:, 0], dtype=torch.bool))[1][:, 0]
+        return (log_left - variance(each).log()).view(k, *nodes.shape).mean(0)
 
     return {
         OURS: lambda k, nodes: infer(model, columns(batches[:k], nodes)),
@@ -409,7 +417,10 @@ def contenders(model, raw, batches, luck):
 
 @torch.no_grad()
 def compare(model, args, mechanism, shift, nodes):
-    """Stage errors and violated edges after 0 ... K and 2 K mini-batches -> metric and baselines for results.json."""
+    """Stage errors and violated edges after 0 ... K and 2 K mini-batches -> metric and baselines for results.json.
+
+    Rows are standardised with those of all 2 K mini-batches, for every contender alike.
+    """
     model.eval()
     K, rows, example = args.steps, {}, {}
     steps = [*range(K + 1), 2 * K]
