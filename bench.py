@@ -1,6 +1,6 @@
 """Time and memory of a training step, and of the same step with PyTorch's own encoder, in turns in this process.
 
-    python bench.py                                                 # every script and regime: five minutes
+    python bench.py                                                 # four scripts, all their regimes: eight minutes
     python bench.py --scripts mnist --regimes implicit --width 256  # flags that are not its own go to the scripts
     python bench.py --preset paper --device cuda --dtype bfloat16   # the paper's sizes, on a GPU
 
@@ -159,7 +159,7 @@ def line(left, right, cells):
 
 
 class Stock(common.Transformer):
-    """The same function of the same weights as `common.Transformer`, by stock nn.TransformerEncoder, in its place in a model."""
+    """The same function as `common.Transformer`, on weights of its own, by stock nn.TransformerEncoder; in its place in a model."""
 
     def __init__(self, width, depth, heads):
         super().__init__(width, 0, heads)  # no blocks of ours, just the last norm and the dtype
@@ -341,6 +341,8 @@ def measure(script, args, repeats):
         args.steps, args.iters = steps, iters
         return 1000 * train(model)[1]
 
+    if args.compile:
+        run(ours, K, MOST)  # for all sizes that the turns will draw
     iters = min(MOST, max(2, round(1000 * TURN / run(ours, K, 1))))
     turns, by_k = {key: [] for key in ("ms", "whole", "stock", "sampling", "peak", "width")}, {k: [] for k in KS}
     for _ in range(repeats):

@@ -651,7 +651,7 @@ def check_out(args):
     if not (args.resume or args.overwrite or RANK) and any(os.path.exists(os.path.join(args.out, f)) for f in RUN_FILES):
         fail(f"{args.out} already holds a run: --resume {args.out} to go on, --overwrite to replace it, or another --out")
     existing = os.path.abspath(args.out)
-    while not os.path.lexists(existing):
+    while not os.path.lexists(existing) and existing != os.path.dirname(existing):  # which a Windows drive that is missing is
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
         fail(f"cannot write to --out {args.out}: {existing} is not a folder that may be written")

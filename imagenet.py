@@ -43,7 +43,7 @@ NAMES = {
     "imagenet": "ImageNet", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
     "tiny_imagenet": "Tiny ImageNet", "synthetic": "synthetic Gaussian classes (no images)", "strangers": "other synthetic Gaussian classes",
 }  # fmt: skip
-# derived from the paper's tables: ways. sibling: width, depth, heads, tasks, latent, hidden. choice: the rest.
+# derived from the paper's tables: ways. sibling: width, depth, heads, tasks, hidden. choice: the rest.
 PRESETS = {"paper": dict(ways=100, dim=1024, context=100, queries=100, tasks=128, width=256, depth=4, heads=4, hidden=512, iters=50_000, lr=3e-4)}
 
 # One part of a dataset: features x (n, dim), sorted by class, and where the C classes start and how many rows each has (C,).
@@ -432,7 +432,9 @@ class Decoded(torch.utils.data.Dataset):
     def __getitem__(self, index):
         try:
             image, label = self.images[index]
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error):  # what decoders raise
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as problem:  # what decoders raise
+            if getattr(problem, "errno", None):
+                raise  # a disk or a network failed, not this image
             return None
         return index, label, self.preprocess(image.convert("RGB"))
 
@@ -577,7 +579,7 @@ def extract(argv):
                 n, s, batch = extract_split(folder, split, Decoded(images, preprocess), model, facts, args, bar)
                 done, seconds, last = done + n, seconds + s, last if batch is None else batch
     except OSError as problem:
-        common.fail(f"cannot write to {folder}: {problem.strerror or problem}")
+        common.fail(f"cannot go on with {folder}: {str(problem).splitlines()[-1]}")
     if not done and "count" in before:
         return print("nothing to do: all of it was there")
     facts |= {"count": {}, "skipped": {}, "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
@@ -585,8 +587,7 @@ def extract(argv):
         kept = np.concatenate([read_shard(path, facts["size"])["image"] for path in shard_paths(folder, split, len(images))])
         skipped = sorted(set(range(len(images))) - set(kept.tolist()))
         facts["count"][split] = len(kept)
-        name = lambda i: os.path.relpath(images.samples[i][0], args.source) if args.extract == "imagenet" else f"{split} {i}"
-        facts["skipped"][split] = [name(i) for i in skipped]
+        facts["skipped"][split] = [os.path.relpath(images.samples[i][0], args.source) if args.extract == "imagenet" else f"{split} {i}" for i in skipped]
         for name in facts["skipped"][split]:
             print(f"skipped {name}: cannot be decoded")
         if not len(kept):

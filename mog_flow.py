@@ -13,6 +13,7 @@ generates points. K is the number of mini-batches behind a velocity, not the num
 import collections
 import math
 import os
+import zipfile
 
 import common  # before torch: it answers --help by itself
 from common import Task, refine
@@ -389,7 +390,7 @@ def plot(out, script="mog_flow"):
         try:
             with np.load(os.path.join(out, f"points_{split}.npz")) as file:
                 points = [file[name] for name in ("batches", "generated", "truth")]
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.zlib.error):
             common.fail(f"{out}/points_{split}.npz is missing or damaged")
         plot_grid(os.path.join(out, f"grid_{split}.png"), *points, results["args"]["steps"], m["data"])
         plot_gif(os.path.join(out, f"refinement_{split}.gif"), *points, results["args"]["steps"], m["data"])

@@ -1,6 +1,6 @@
 """One change at a time, three seeds each, in short runs: python results/ablations.py [GROUP ...]
 
-Runs whatever out/ablations does not hold yet (an hour on one core; it may be stopped and started again), then
+Runs whatever out/ablations does not hold yet (more than two hours on one core; it may be stopped and started again), then
 writes ablations.json and ablations.png beside this script. Groups that are named are run alone, and take the place of those
 in ablations.json. `--list` only prints the commands.
 
@@ -113,7 +113,7 @@ def run(words, folder, change):
     file = folder / "results.json"
     if not file.exists():
         where = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else ["--out", str(folder)]
-        env = {"IAI_DATA": str(ROOT / "data"), **os.environ}  # a copy finds the same data
+        env = os.environ | {"IAI_DATA": os.path.abspath(os.environ.get("IAI_DATA", ROOT / "data"))}  # a copy finds the same data
         done = subprocess.run([sys.executable, *words, *where], cwd=edited(change) if change in EDITS else ROOT, env=env, stdout=subprocess.DEVNULL)
         if done.returncode or not file.exists():
             sys.exit(f"error: python {shlex.join(words)} ended with code {done.returncode}")

@@ -165,9 +165,10 @@ def race(model, sample, problem, names, seconds, args, stream):
         runs["SGD"] = sgd
     if "lbfgs" in names:
         runs["L-BFGS, all data"] = Run(start_lbfgs, [1.0], MARKS, [N * K] * len(MARKS))
+    first_rate = pick(sgd)[0] if "maml" in names else None
     for order, name in ((2, "MAML"), (1, "first-order MAML")) if "maml" in names else ():
         print(f"{name}: meta-training for {seconds:.0f} s", flush=True)
-        begin, rate, iterations = meta_train(sample, problem, objective, pick(sgd)[0], order, seconds, args)
+        begin, rate, iterations = meta_train(sample, problem, objective, first_rate, order, seconds, args)
         trained[name] = {"seconds": seconds, "iterations": iterations}
 
         def start(task, rate, begin=begin):

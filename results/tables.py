@@ -45,7 +45,7 @@ def read(name):
         metrics[split] = merge([r["metrics"][split] for r in found])
         for name in dict.fromkeys(name for r in found for name in r["baselines"][split]):  # some of causal graphs' are the model, too
             baselines[split][name] = merge([r["baselines"][split][name] for r in found if name in r["baselines"][split]])
-    return found[0] | {"seeds": len(found), "cpu_seconds": mean(r.get("cpu_seconds", r["train_seconds"]) for r in found)}
+    return found[0] | {"seeds": len(found), "cpu_seconds": mean(r["cpu_seconds"] for r in found)}
 
 
 def at(row, step, digits=1, key=None):
@@ -67,8 +67,8 @@ def table(head, rows):
 
 
 def minutes(results):
-    """Of the processor, for all of the run; older files have those of training by the clock."""
-    return f"{results.get('cpu_seconds', results['train_seconds']) / 60:.1f}"
+    """Of the processor, for all of the run."""
+    return f"{results['cpu_seconds'] / 60:.1f}"
 
 
 def command(results):
@@ -216,7 +216,7 @@ def ablations():
 
 
 def errors(files, paper):
-    """Error in % of the files (name -> command), one block a split, baselines (those of the first file) below the models."""
+    """Error in % of the files (name -> command), one block a split, baselines below the models."""
     results = {name: read(name) for name in files}
     found = [r for r in results.values() if r]
     rows = [[f"`{files[name]}`", NOT_RUN] for name, r in results.items() if not r]
@@ -328,4 +328,4 @@ def fill(text):
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()  # it has no flags: --help must not write
     for page in PAGES:
-        page.write_text(fill(page.read_text()))
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")

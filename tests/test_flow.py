@@ -264,8 +264,11 @@ def test_plots_are_redrawn_from_the_files_alone(tmp_path, capsys):
         (out / file).unlink()
     mog_flow.main(["--plot-only", str(out)])
     assert (out / "grid_id.png").read_bytes() == before
-    (out / "points_id.npz").write_bytes(b"PK not a zip")
-    refused(capsys, mog_flow, ["--plot-only", str(out)], "points_id.npz is missing or damaged")
+    points = (out / "points_id.npz").read_bytes()
+    middle = len(points) // 2
+    for damaged in (b"PK not a zip", points[:middle], points[:middle] + b"0123456789" + points[middle + 10 :]):
+        (out / "points_id.npz").write_bytes(damaged)
+        refused(capsys, mog_flow, ["--plot-only", str(out)], "points_id.npz is missing or damaged")
 
 
 def refused(capsys, script, flags, reason):

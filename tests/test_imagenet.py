@@ -420,6 +420,17 @@ def test_images_that_cannot_be_decoded_are_named_counted_and_skipped(source, cap
     np.testing.assert_allclose(x, [expected_feature(COLORS[c]) for c in y], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("workers", (0, 1))
+def test_images_that_cannot_be_reached_are_no_damaged_images(workers, source, capsys):
+    """A disk that goes away in the middle ends the extraction, which goes on when it is back."""
+    gone = "imagenet.common.replace_file = lambda path, write, f=imagenet.common.replace_file: (f(path, write), os.path.exists('images/val') and 'train-' in path and os.rename('images/val', 'gone'))"
+    done = in_a_process(f"{gone}\nimagenet.main({[*FLAGS.split(), '--workers', str(workers)]!r})")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "No such file" in done.stderr.splitlines()[-1], done.stderr
+    os.rename("gone", "images/val")
+    run_extraction()
+    assert "0 skipped" in capsys.readouterr().out
+
+
 def test_a_shard_of_nothing_but_damaged_images(source):
     for c, i in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
         Path(f"images/train/class{c}/{i}.png").write_bytes(b"")
