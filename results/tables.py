@@ -258,7 +258,7 @@ def flow():
     for name in ("mog_flow", "alphabets"):
         results = read(name)
         if not results:
-            rows.append([f"`python {name}.py`", NOT_RUN, "", "", "", ""])
+            rows.append([f"`python {name}.py`", NOT_RUN] + [""] * 7)
             continue
         for split, m in results["metrics"].items():
             beside = results["baselines"][split]
@@ -268,10 +268,10 @@ def flow():
 
             floor = next(row for key, row in beside.items() if "floor" in key)
             rows.append([
-                command(results) + (", held-out letters" if split == "ood" else ""), *(both(m, k) for k in (1, 5, 10)), f"{floor['mean'][0]:.2f}",
+                command(results) + (", held-out letters" if split == "ood" else ""), results["seeds"], *(both(m, k) for k in (1, 5, 10)), f"{floor['mean'][0]:.2f}",
                 both(beside["kernel density"], 5), both(beside["one Gaussian"], 5), minutes(results) if split == "id" else "",
             ])  # fmt: skip
-    return table(["W₂ (excess)", "after 1", "5", "10", "fresh points", "kernel density at 5", "one Gaussian at 5", "minutes"], rows)
+    return table(["W₂ (excess)", "seeds", "after 1", "5", "10", "fresh points", "kernel density at 5", "one Gaussian at 5", "minutes"], rows)
 
 
 def toposort():
@@ -285,7 +285,8 @@ def toposort():
         rows.append([f"*{name}*", *(at(results["baselines"][s][name], K, 3) for s in names)])
     for key, label in (("free", "free-running error"), ("violated", "share of edges violated")):
         rows.append([f"this model, {label}", *(at(results["metrics"][s], K, 3, key) for s in names)])
-    return table(["stage error", *(results["metrics"][s]["data"] for s in names)], rows)
+    where = f"{command(results)}: {results['seeds']} seed{'s' * (results['seeds'] > 1)}, {minutes(results)} minutes."
+    return where + "\n\n" + table(["stage error", *(results["metrics"][s]["data"] for s in names)], rows)
 
 
 def bench():
