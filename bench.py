@@ -73,6 +73,8 @@ def read_args(program, doc, add_flags, out, argv):
     parser.add_argument("--out", type=common.path, metavar="FILE", default=out, help=f"the JSON file (default: {out})")
     parser.add_argument("--overwrite", action="store_true", help="replace that file")
     args, args.more = parser.parse_known_args(argv)
+    if args.out.endswith(".png"):
+        common.fail(f"--out {args.out}: the report is a JSON file, and its plot, if there is one, lies beside it as .png")
     if os.path.isdir(args.out) or (os.path.lexists(args.out) and not args.overwrite):
         common.fail(f"--out {args.out} exists: give another file" + ("" if os.path.isdir(args.out) else ", or --overwrite"))
     common.check_out(Namespace(eval=None, resume=None, overwrite=True, out=os.path.dirname(args.out) or "."))
@@ -100,7 +102,7 @@ def read_checkpoint(wanted):
     script = common.load_checkpoint(wanted.file, None)["script"]
     if script not in ("linreg", "mnist"):
         common.fail(f"{wanted.file} is a checkpoint of {script}.py; it must be one of linreg.py or mnist.py")
-    return script, read_flags(script, f"--eval={wanted.file}", *wanted.more)
+    return script, read_flags(script, *wanted.more, f"--eval={wanted.file}")
 
 
 def get_jobs(args):

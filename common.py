@@ -449,13 +449,19 @@ def fail(message, code=2):
 
 
 def run(main):
-    """What a script does when it is started; a reader that has seen enough (`| head -1`) ends it without a traceback."""
+    """What a script does when it is started: what its own checks could not foresee ends in one line, too."""
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:
+        print(end="", flush=True)
+    except BrokenPipeError:  # a reader that has seen enough (`| head -1`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it exits
         sys.exit(1)
+    except OSError as problem:  # a file that may not be read, a name that is too long, a full disk
+        fail(problem)
+    except (MemoryError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "allocate" not in str(problem):
+            raise
+        fail("not enough memory for this: fewer --tasks, --context or --queries, or a smaller --width, need less")
 
 
 class Parser(argparse.ArgumentParser):
@@ -536,6 +542,7 @@ def make_parser(script, doc, eval_steps=False):
 
 # Flags that say where and how to run, not what: no part of a run's name, and free to change when it is resumed.
 RUNTIME = {"device", "dtype", "compile", "out", "overwrite", "resume", "eval", "plot_only", "data_dir", "eval_tasks", "eval_steps"}
+KEPT = {"dtype", "eval_tasks", "eval_steps"}  # of these, what --resume and --eval take from the run if they are not told otherwise
 
 
 def parse_args(parser, presets, argv=None):
@@ -560,7 +567,7 @@ def parse_args(parser, presets, argv=None):
         file = given.get("eval") or os.path.join(given["resume"], "checkpoint.pt")
         checkpoint = load_checkpoint(file, script)
         trained = checkpoint["args"]
-        if set(trained) != set(defaults) - RUNTIME | {"eval_tasks"}:
+        if set(trained) != set(defaults) - (RUNTIME - KEPT):
             fail(f"{file} was written by another version of {script}.py: its flags are not those of today")
         for flag, value in given.items():
             if flag not in RUNTIME and value != trained[flag]:
@@ -580,9 +587,10 @@ def parse_args(parser, presets, argv=None):
     args.out_given = bool(args.out)
     args.out = args.resume or args.out or (beside if args.eval else "out/" + "-".join([script, *changed]))
     check_out(args)
+    command = shlex.join(["python", f"{script}.py", *argv])
     args.description = {
-        "command": shlex.join(["python", f"{script}.py", *argv]), "script": script,
-        "args": {flag: value for flag, value in chosen.items() if flag not in RUNTIME or flag == "eval_tasks"},
+        "command": checkpoint.get("command", command) if args.resume else command, "script": script,
+        "args": {flag: value for flag, value in chosen.items() if flag not in RUNTIME - KEPT},
     }  # fmt: skip
     print(f"device {args.device}, dtype {args.dtype} ({reason}), {torch.get_num_threads()} threads; writes to {args.out}")
     return args
@@ -648,8 +656,11 @@ def check_out(args):
     """Refuses a folder that cannot be written or that holds another run; makes nothing yet."""
     if args.eval and os.path.realpath(args.out) == os.path.realpath(os.path.dirname(args.eval) or "."):
         fail(f"--out {args.out} is the run that --eval reads: give another folder")
+    if args.eval and os.path.exists(os.path.join(args.out, "checkpoint.pt")):
+        fail(f"--out {args.out} holds the checkpoint of another run, whose files an evaluation would mix with: give another folder")
     if not (args.resume or args.overwrite or RANK) and any(os.path.exists(os.path.join(args.out, f)) for f in RUN_FILES):
-        fail(f"{args.out} already holds a run: --resume {args.out} to go on, --overwrite to replace it, or another --out")
+        resume = "" if args.eval else f"--resume {args.out} to go on, "
+        fail(f"{args.out} already holds a run: {resume}--overwrite to replace it, or another --out")
     existing = os.path.abspath(args.out)
     while not os.path.lexists(existing) and existing != os.path.dirname(existing):  # which a Windows drive that is missing is
         existing = os.path.dirname(existing)
@@ -674,10 +685,11 @@ def replace_file(path, write):
         write(path + ".tmp")
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
         reason = getattr(error, "strerror", None) or f"is the disk full? {str(error).partition(chr(10))[0]}"
         fail(f"cannot write {path} ({reason}); what was there before is kept")
+    finally:  # a signal may have come, too
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
 
 
 def write_text(path, text, mode="w"):
@@ -690,7 +702,10 @@ def read_log(out):
     path = os.path.join(out, "log.jsonl")
     try:
         with open(path) as f:
-            return [json.loads(line) for line in f if line.endswith("\n")]
+            rows = [json.loads(line) for line in f if line.endswith("\n")]
+        if not all(isinstance(row, dict) and row.keys() >= {"iteration", "loss"} for row in rows):
+            raise ValueError
+        return rows
     except FileNotFoundError:
         return []
     except ValueError:
@@ -808,6 +823,7 @@ class Journal:
             dist.destroy_process_group()
         for number, handler in previous.items():
             signal.signal(number, handler)
+        signal.signal(signal.SIGINT, lambda *_: fail(f"interrupted; training is saved: --resume {self.args.out} evaluates it", 130))
         stop = stop or self.stop
         if stop:
             print(f"stopped after {self.iteration} of {self.args.iters} iterations; go on with --resume {self.args.out}")
@@ -818,7 +834,7 @@ class Journal:
 
     def interrupt(self, number, _):
         if self.stop:
-            fail("interrupted twice; the last checkpoint is kept", 128 + number)
+            fail(f"interrupted twice; the last checkpoint is kept: --resume {self.args.out} goes on", 128 + number)
         self.stop = number
 
     def log(self, losses, metric):
@@ -854,8 +870,8 @@ class Journal:
             return
         self.check_finite()
         content = {
-            "script": self.args.description["script"], "args": self.args.description["args"], "iteration": self.iteration,
-            "train_seconds": self.seconds, "pending": self.pending, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            **self.args.description, "iteration": self.iteration, "train_seconds": self.seconds,
+            "pending": self.pending, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
         replace_file(self.path, lambda path: torch.save(content, path))
 
@@ -909,7 +925,7 @@ def machine(device):
 
 
 def write_results(args, model, data, iterations, seconds, metrics, baselines):
-    """Prints one line per evaluation and writes results.json."""
+    """Writes results.json and prints one line per evaluation."""
     results = args.description | {
         "data": data, "device": args.device, "machine": machine(args.device), "dtype": args.dtype,
         "ranks": RANKS, "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed,
@@ -917,14 +933,14 @@ def write_results(args, model, data, iterations, seconds, metrics, baselines):
         "train_seconds": round(seconds, 1), "cpu_seconds": round(time.process_time(), 1),  # the latter of the whole process
         "metrics": metrics, "baselines": baselines,
     }  # fmt: skip
+    os.makedirs(args.out, exist_ok=True)
+    replace_file(os.path.join(args.out, "results.json"), lambda path: write_text(path, json.dumps(results, indent=1)))
     for split, m in metrics.items():
         for step, mean, stderr in zip(m["steps"], m["mean"], m["stderr"]):
             rows = [(name, b) for name, b in baselines.get(split, {}).items() if step in b["steps"]]
             beside = ", ".join(f"{name} {b['mean'][b['steps'].index(step)]:.3f}" for name, b in rows)
             note = " (past training)" if step > args.steps else ""
             print(f"{split} {m['data']} step {step}: {m['name']} {mean:.3f} +- {stderr:.3f}{note}" + (f" | {beside}" if beside else ""))
-    os.makedirs(args.out, exist_ok=True)
-    replace_file(os.path.join(args.out, "results.json"), lambda path: write_text(path, json.dumps(results, indent=1)))
 
 
 def read_results(out, script):
@@ -932,10 +948,10 @@ def read_results(out, script):
     try:
         with open(path) as f:
             results = json.load(f)
-        found = results["script"], results["metrics"], results["baselines"], results["args"]
+        found = results["script"], results["baselines"], results["args"]["steps"], [m["data"] for m in results["metrics"].values()]
     except OSError:
         fail(f"no results.json in {out}")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         fail(f"{path} is damaged")
     if found[0] != script:
         fail(f"{out} holds a run of {found[0]}.py, not of {script}.py")

@@ -62,7 +62,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("the data").add_argument
     known = "a backbone that was extracted, mobilenet_v2 (the .npz files), or synthetic; auto: the first of these that is found"
     add("--features", type=folder_name, default="auto", help=known)
-    add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="its features/ holds them (default: $IAI_DATA or data/)")
+    add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA") or "data", help="its features/ holds them (default: $IAI_DATA or data/)")
     add("--ways", type=common.number(int, 2), default=20, help="classes of a task")
     add("--dim", type=common.count, default=128, help="leading principal components of the features that are kept, at most")
     parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=2500, lr=3e-3, width=128, heads=1, state_scale=0.1, basis="fourier", hidden=1024)
@@ -84,7 +84,7 @@ def read_npz(path):
         with np.load(path) as f:
             parts = {split: [(f[f"x_{split}"] * f["scale"].astype(np.float16), f[f"y_{split}"])] for split in ("train", "test")}
         for ((x, y),) in parts.values():
-            if x.ndim != 2 or not len(x) or y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
+            if x.ndim != 2 or not len(x) or not np.isfinite(x[:1]).all() or y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
                 raise ValueError
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zipfile.zlib.error):
         common.fail(f"{path} is damaged, or no file of features (x_train, y_train, x_test, y_test, scale)")
@@ -120,6 +120,8 @@ def make_features(key, name, train, test, means=None):
     size = 1 + int(max(train[1][-1], test[1][-1]))
     counts = [y.bincount(minlength=size) for _, y in (train, test)]
     both = (counts[0] > 0) & (counts[1] > 0)
+    if not both.any():
+        common.fail(f"{name}: no class has both training and held-out features")
     splits = [Split(x, (count.cumsum(0) - count)[both], count[both]) for (x, _), count in zip((train, test), counts)]
     print(f"data {name}: {int(both.sum())} classes, {len(train[1])} training and {len(test[1])} held-out features")
     return Features(key, name, *splits, means)
@@ -341,7 +343,7 @@ def get_extraction_args(argv):
     add("--backbone", type=backbone, default=DINOV2[0], help=f"{', '.join(DINOV2)}, or torchvision:NAME for any of its classifiers (the layer before the last)")
     add("--weights", type=common.path, metavar="FILE", help="a state dict to use instead of the published one")
     add("--hub-dir", type=common.path, metavar="DIR", help="a copy of github.com/facebookresearch/dinov2")
-    add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA", "data"), help="writes to its features/BACKBONE/ (default: $IAI_DATA or data/)")
+    add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA") or "data", help="writes to its features/BACKBONE/ (default: $IAI_DATA or data/)")
     add("--batch", type=common.count, default=64, help="images in a forward pass")
     add("--workers", type=common.number(int, 0), default=os.cpu_count(), help="processes that decode images; 0: none but this one")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")

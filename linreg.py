@@ -21,7 +21,7 @@ def get_args(argv=None):
     parser = common.make_parser("linreg", __doc__, eval_steps=True)
     add = parser.add_argument_group("linear regression").add_argument
     add("--dim", type=common.count, default=16, help="dimension of x")
-    add("--noise", type=common.number(float, 0, strict=True), default=0.5, help="standard deviation of the noise")
+    add("--noise", type=common.number(float, 1e-3), default=0.5, help="standard deviation of the noise")
     parser.set_defaults(regime="parametric", steps=5, context=31, queries=32, tasks=32, iters=3500, lr=3e-3, attention="linear")
     args = common.parse_args(parser, PRESETS, argv)
     if not args.plot_only and args.state == "softmax":

@@ -167,6 +167,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="GROUP", help="; ".join(GROUPS))
     parser.add_argument("--list", action="store_true", help="only print the commands")
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     args = parser.parse_args()
     names = args.names
     if wrong := [name for name in names if name not in GROUPS]:

@@ -4,6 +4,7 @@ import argparse
 import gc
 import itertools
 import os
+import sys
 import weakref
 
 import pytest
@@ -650,6 +651,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         common.replace_file(str(path), killed)
     assert path.read_text() == "old"
+    with pytest.raises(SystemExit):  # a signal in the middle
+        common.replace_file(str(path), lambda temporary: (common.write_text(temporary, "ne"), sys.exit(130)))
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
     common.replace_file(str(path), lambda temporary: common.write_text(temporary, "new"))
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
 

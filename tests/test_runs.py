@@ -32,7 +32,7 @@ def contents(folder):
         del row["seconds"]
     for key in ("command", "train_seconds", "cpu_seconds"):
         del results[key]
-    del checkpoint["train_seconds"]
+    del checkpoint["train_seconds"], checkpoint["command"]
     return checkpoint, results, rows
 
 
@@ -93,7 +93,7 @@ def test_an_evaluation_goes_as_far_as_it_is_told(script, finished_copy):
     for steps in (1, 7):
         call(script, "--eval", folder / "checkpoint.pt", f"--overwrite --eval-steps {steps}", tiny=False)
         results = json.load(open(folder / "eval" / "results.json"))
-        assert results["args"] == usual["args"], "says how it was trained"
+        assert results["args"] == usual["args"] | {"eval_steps": steps}, "says how it was trained"
         for split, metric in results["metrics"].items():
             assert metric["steps"] == list(range(steps + 1))
             shared = min(steps, 4) + 1
@@ -102,6 +102,20 @@ def test_an_evaluation_goes_as_far_as_it_is_told(script, finished_copy):
                 beside = usual["baselines"][split][name]
                 both = {k: (row["mean"][i], beside["mean"][beside["steps"].index(k)]) for i, k in enumerate(row["steps"]) if k in beside["steps"]}
                 assert both and row["steps"][-1] == steps and all(a == pytest.approx(b, rel=1e-4) for a, b in both.values())
+
+
+def test_a_resumed_run_keeps_what_it_was_told_and_can_be_told_otherwise():
+    def outcome():
+        results = json.load(open("run/results.json"))
+        return results["command"], results["dtype"], results["metrics"]["id"]["steps"], results["metrics"]["id"]["tasks"]
+
+    call("linreg", "--dtype float32 --eval-steps 7 --eval-tasks 3 --out run")
+    told = outcome()
+    assert told[1:] == ("float32", list(range(8)), 3) and "--eval-steps 7" in told[0]
+    call("linreg", "--resume run", tiny=False)
+    assert outcome() == told
+    call("linreg", "--resume run --eval-steps 3", tiny=False)
+    assert outcome()[1:] == ("float32", list(range(4)), 3)
 
 
 @pytest.mark.parametrize("script", ("toposort", "mog_flow", "alphabets"))

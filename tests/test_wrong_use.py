@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import common
 from conftest import ROOT, SCRIPTS, call
 
 
@@ -254,6 +255,27 @@ def test_the_default_out_is_guarded_too(capsys):
     refused(capsys, "out/linreg", "linreg")
     refused(capsys, "--steps", "linreg", "--overwrite --steps 0")
     call("linreg", "--overwrite")
+
+
+def test_an_evaluation_does_not_mix_with_another_run(finished_copy, capsys):
+    folder = finished_copy("linreg")
+    shutil.copytree(folder, "other")
+    refused(capsys, "another run", "linreg", "--eval other/checkpoint.pt --overwrite --out", folder, tiny=False)
+
+
+@pytest.mark.parametrize("problem", (PermissionError(13, "Permission denied", "x"), MemoryError("memory"), RuntimeError("not enough memory: you tried to allocate 8 bytes")), ids=repr)
+def test_what_no_check_foresaw_is_one_line(problem, capsys):
+    def main():
+        raise problem
+
+    with pytest.raises(SystemExit) as stop:
+        common.run(main)
+    assert_refused(stop.value.code, capsys.readouterr().err, "Permission denied" if isinstance(problem, OSError) else "memory", files())
+
+
+def test_a_bug_is_no_wrong_use():
+    with pytest.raises(RuntimeError, match="a bug"):
+        common.run(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
 def test_overwrite_loses_nothing_when_the_run_is_refused_later(finished_copy, capsys):
