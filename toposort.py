@@ -517,15 +517,6 @@ def plot(out):
 # ---------------------------------------------------------------- main
 
 
-def report(metrics, baselines, K):
-    """All three measures of every row at the trained K."""
-    for split, m in metrics.items():
-        for name, row in [(OURS, m), *baselines[split].items()]:
-            k = row["steps"].index(K)
-            cells = [f"{label} {part['mean'][k]:.3f} +- {part['stderr'][k]:.3f}" for label, part in (("stage error", row), ("free-running", row["free"]), ("edges violated", row["violated"]))]
-            print(f"{split} after {K} mini-batches: {', '.join(cells)} | {name}")
-
-
 def main(argv=None):
     args = get_args(argv)
     if args.plot_only:
@@ -534,7 +525,6 @@ def main(argv=None):
     iterations, seconds = common.trained(args) if args.eval else train(model, args)
     metrics, baselines = evaluate(model, args)
     common.write_results(args, model, data_name(args), iterations, seconds, metrics, baselines)
-    report(metrics, baselines, args.steps)
     plot(args.out)
 
 
