@@ -88,7 +88,10 @@ def get_args(argv=None):
         add("--regimes", nargs="+", choices=ALL, default=ALL, help="default: all that a script has")
         add("--repeats", type=common.count, default=5, help="turns")
 
-    return read_args("bench.py", __doc__, add_flags, "out/bench.json", argv)
+    args = read_args("bench.py", __doc__, add_flags, "out/bench.json", argv)
+    if wrong := [word for word in args.more if word.partition("=")[0] in ("--regime", "--eval", "--resume", "--iters")]:
+        common.fail(f"{wrong[0]}: the bench sets it itself" + (" (use --regimes)" if "--regime" in wrong[0] else ""))
+    return args
 
 
 def read_flags(script, *flags):

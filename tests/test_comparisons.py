@@ -214,6 +214,7 @@ WRONG = [  # program, flags, what the line must name
     ("cost", "LINREG --out here/there.json", "here"),
     ("sampler", "--wide 3", "--wide"),
     ("sampler", "stray", "stray"),
+    ("sampler", "--nodes 20", "--nodes"),
 ]
 
 
