@@ -403,7 +403,10 @@ def join(words=()):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.stdout = open(os.devnull, "w")
     if RANKS > 1:  # signals are agreed on between CPUs, without waiting for a GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        except (RuntimeError, ValueError) as problem:
+            fail(f"the {RANKS} ranks cannot meet ({str(problem).partition(chr(10))[0]}): start them with torchrun, or unset WORLD_SIZE and RANK")
 
 
 def own(x, dim=0):

@@ -66,7 +66,7 @@ def load_mnist(dataset, folder):
     files = [raw / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     arrays = [read_idx(file) for file in files]
     if any(a is None for a in arrays):
-        made = [f for f in (raw, raw.parent, Path(folder)) if not f.exists()]
+        made = [f for f in (raw, *raw.parents) if not f.exists()]
         try:
             socket.setdefaulttimeout(20)
             source(folder, download=True)  # from torchvision's mirrors, with checksums

@@ -290,7 +290,7 @@ def test_damaged_files_do_not_cost_the_run_that_overwrite_would_replace(finished
     refused(capsys, "copy/MNIST", "mnist", "--data-dir copy --overwrite --out", folder)
 
 
-@pytest.mark.parametrize("where", ("nothing", "afile", "one-missing"))
+@pytest.mark.parametrize("where", ("nothing", "no/such/folder", "afile", "one-missing"))
 def test_mnist_that_cannot_be_had_is_refused_with_one_line(where, small_data, capsys):
     Path("afile").write_text("mine")
     shutil.copytree(small_data, "one-missing")

@@ -116,6 +116,15 @@ def test_tasks_that_cannot_be_shared_are_refused_before_the_others_begin(capfd):
     assert capfd.readouterr().err == "error: --tasks 4 is not divisible by the 3 ranks that share them\n" and not os.path.exists("run")
 
 
+def test_ranks_that_nobody_started_together_cannot_meet(monkeypatch, capsys):
+    monkeypatch.setattr(common, "RANKS", 2)  # WORLD_SIZE=2, left over from elsewhere
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit):
+        call("linreg", "--out run")
+    error = capsys.readouterr().err
+    assert "torchrun" in error and error.count("\n") == 1 and not os.path.exists("run/log.jsonl")
+
+
 def test_torchrun():
     call("linreg", "--dtype float32 --out one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(ROOT, "linreg.py")]
