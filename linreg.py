@@ -3,9 +3,9 @@
 A task is a vector w ~ N(0, I) in `--dim` dimensions: y = w.x + noise, x ~ N(0, I). Each refinement step sees a fresh
 mini-batch of `--context` observations. The metric is the squared error on held-out queries, whose floor is noise^2.
 
-    python linreg.py                                # parametric: 0.51 after one step, as the oracle; 0.29 after 5, oracle 0.28
+    python linreg.py                                # parametric: 0.51 after one step, as the oracle; 0.28 after 5, oracle 0.275
     python linreg.py --regime explicit              # the same; each takes 3 to 5 minutes on one core
-    python linreg.py --regime implicit              # 0.35
+    python linreg.py --regime implicit              # 0.32
 """
 
 import common  # before torch: it answers --help by itself
@@ -22,7 +22,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("linear regression").add_argument
     add("--dim", type=common.count, default=16, help="dimension of x")
     add("--noise", type=common.number(float, 1e-3), default=0.5, help="standard deviation of the noise")
-    parser.set_defaults(regime="parametric", steps=5, context=31, queries=32, tasks=32, iters=3500, lr=3e-3, attention="linear")
+    parser.set_defaults(regime="parametric", steps=5, context=31, queries=32, tasks=32, iters=3500, lr=3e-3, attention="linear", clock="steps")
     args = common.parse_args(parser, PRESETS, argv)
     if not args.plot_only and args.state == "softmax":
         common.fail("--state softmax is for classes; a regression has no softmax")
