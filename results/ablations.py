@@ -22,7 +22,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 OUT = ROOT / "out" / "ablations"
 SEEDS = (0, 1, 2)
-LINREG = "linreg.py --dim 8 --context 15 --iters 500"
+SHORT = "linreg.py --dim 8 --context 15 --iters 500"
+LINREG = SHORT + " --clock none"
 MNIST = "mnist.py --dim 50 --iters 300"
 
 # The edits of the README's exercises: (file, what stands there, what is put in its place).
@@ -62,9 +63,9 @@ GROUPS = {
     "latent tokens (explicit, decoder linear)": (LINREG + " --regime explicit --decoder linear", {"1": "", "4": "--latent-tokens 4", "8": "--latent-tokens 8"}),
     "output (parametric, decoder linear)": (LINREG + " --decoder linear", {"a change": "", "the next state": "--update direct"}),
     "output (implicit)": (LINREG + " --regime implicit", {"a change": "", "the next state": "--update direct"}),
-    "clock (parametric)": (LINREG, {"steps": "", "none": "--clock none"}),
-    "clock (explicit)": (LINREG + " --regime explicit", {"steps": "", "none": "--clock none"}),
-    "clock (implicit)": (LINREG + " --regime implicit", {"steps": "", "none": "--clock none"}),
+    "clock (parametric)": (SHORT, {"none": "--clock none", "steps": ""}),
+    "clock (explicit)": (SHORT + " --regime explicit", {"none": "--clock none", "steps": ""}),
+    "clock (implicit)": (SHORT + " --regime implicit", {"none": "--clock none", "steps": ""}),
     "state that a query sees (implicit)": (LINREG + " --regime implicit", {"all": "", "a tenth": "--state-scale 0.1", "none": "--state-scale 0"}),
     "attention (parametric)": (LINREG, {"linear": "", "softmax": "--attention softmax"}),
     "attention (implicit)": (LINREG + " --regime implicit", {"linear": "", "softmax": "--attention softmax"}),
@@ -82,7 +83,7 @@ GROUPS = {
     "exercise 1: steps in training (parametric)": (LINREG, {"5": "", "1": "--steps 1 --eval-steps 10"}),
     "exercise 5: detached (parametric)": (LINREG, {"every step": "", "every other step": "two-steps"}),
     "exercise 6: a loss before any data (parametric)": (LINREG, {"no": "", "yes": "step-0"}),
-    "exercise 7: weights (parametric, no clock)": (LINREG + " --clock none", {"shared": "", "own for each step": "own-weights"}),
+    "exercise 7: weights (parametric)": (LINREG, {"shared": "", "own for each step": "own-weights"}),
     "exercise 8: gradient tokens (parametric, signal grad)": (LINREG + " --signal grad", {"as they are": "", "unit length": "unit-gradients"}),
     "MNIST, exercise 10: bias (parametric)": (MNIST + " --regime parametric", {"one more feature": "", "√dim times that": "loud-bias"}),
 }

@@ -20,8 +20,7 @@ NOT_RUN = "not run"
 
 
 def load(name):
-    path = HERE / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def merge(rows):
@@ -36,10 +35,8 @@ def merge(rows):
 
 
 def read(name):
-    """The results of a command, averaged over the seeds that were run; None if it was not run."""
-    found = [r for r in (load(name), *(load(f"{name}.seed{seed}") for seed in range(1, 10))) if r]
-    if not found:
-        return None
+    """The results of a command, averaged over the seeds that were run."""
+    found = [load(path.stem) for path in (HERE / f"{name}.json", *sorted(HERE.glob(f"{name}.seed*.json")))]
     metrics, baselines = found[0]["metrics"], found[0]["baselines"]
     for split in metrics:
         metrics[split] = merge([r["metrics"][split] for r in found])
@@ -72,7 +69,7 @@ def minutes(results):
 
 
 def command(results):
-    """As it would be given today: older implicit models of classes saw their whole state, others moved in the span; now this takes flags."""
+    """As it would be given today: older implicit models of classes saw their whole state, regression had no clock, others moved in the span; now this takes flags."""
     args, text = results.get("args", {}), re.sub(" --(data-dir|out) [^ ]+| --overwrite", "", results["command"])
     text, edited, _ = text.partition(", edited")
     if script := re.match(r"python (linreg|mnist|imagenet)\.py", text):
@@ -81,6 +78,7 @@ def command(results):
             text += " --state-scale 1" * (script[1] != "linreg" and "state_scale" not in args)
         else:
             text += " --decoder span" * (args.get("decoder", "span") == "span" and "--decoder" not in text)
+        text += " --clock none" * (script[1] == "linreg" and args.get("clock", "none") == "none" and "--clock" not in text)
     return f"`{text}{edited}`"
 
 
@@ -110,73 +108,57 @@ def quick():
 
 def linreg():
     """Squared error, its multiple of the oracle, and the paper at 5 steps (tables 2, 3 and 4)."""
-    files = {
-        "linreg": ("", 0.5), "linreg-span": ("--decoder span", 0.5), "linreg-explicit": ("--regime explicit", 2.6), "linreg-implicit": ("--regime implicit", 6.2),
-        "linreg-clock": ("--regime implicit --clock steps", ""),
-    }  # fmt: skip
-    rows, oracle = [], None
-    for name, (flags, paper) in files.items():
-        results = read(name)
-        if not results:
-            rows.append([f"`python linreg.py {flags}`".replace(" `", "`"), NOT_RUN, "", "", "", "", "", paper])
-            continue
-        m, oracle = results["metrics"]["id"], oracle or results["baselines"]["id"]
-        ratio = value(m, 5) / value(oracle["ridge, all seen"], 5)
-        rows.append([command(results), results["seeds"], *(at(m, k, 3) for k in (1, 5, 10)), f"{ratio:.2f}", minutes(results), paper])
-    for name, row in (oracle or {}).items():
-        ratio = value(row, 5) / value(oracle["ridge, all seen"], 5)
-        rows.append([f"*{name}*", "", *(at(row, k, 3) for k in (1, 5, 10)), f"{ratio:.2f}", "", ""])
+    files = {"linreg": 0.5, "linreg-explicit": 2.6, "linreg-implicit": 6.2, "linreg-span": ""} | dict.fromkeys(("linreg-noclock", "linreg-explicit-noclock", "linreg-implicit-noclock"), "")
+    found = {name: read(name) for name in files}
+    rivals = found["linreg"]["baselines"]["id"]
+    cells = lambda m: [*(at(m, k, 3) for k in (1, 5, 10)), f"{value(m, 5) / value(rivals['ridge, all seen'], 5):.2f}"]
+    rows = [[command(r), r["seeds"], *cells(r["metrics"]["id"]), minutes(r), files[name]] for name, r in found.items()]
+    rows += [[f"*{name}*", "", *cells(m), "", ""] for name, m in rivals.items()]
     return table(["command", "seeds", "1", "5", "10", "× oracle at 5", "minutes", "paper at 5"], rows)
 
 
 def special():
     """Special cases of the framework, by the flags that make them, after as many steps as they are trained on."""
     names = {
-        "hypernetwork": ("--regime parametric --steps 1", 1), "conditional neural process": ("--regime explicit --steps 1", 1),
-        "in-context learning": ("--regime implicit --steps 1", 1), "learned optimizer": ("--regime parametric --signal grad", 5),
+        "hypernetwork": ("hypernetwork", "--regime parametric --steps 1", 1), "conditional neural process": ("cnp", "--regime explicit --steps 1", 1),
+        "in-context learning": ("icl", "--regime implicit --steps 1", 1), "learned optimizer": ("grad", "--regime parametric --signal grad", 5),
     }  # fmt: skip
-    files = {"hypernetwork": "hypernetwork", "conditional neural process": "cnp", "in-context learning": "icl", "learned optimizer": "grad"}
     rows = []
-    for name, (flags, k) in names.items():
-        found = [read(f"{script}-{files[name]}") for script in ("linreg", "mnist")]
-        rows.append([name, f"`{flags}`", k, *(at(r["metrics"]["id"], k, digits) if r else NOT_RUN for r, digits in zip(found, (3, 1)))])
-    return table(["special case", "flags of `linreg.py` and `mnist.py`", "steps", "linear regression", "MNIST, error %"], rows)
+    for name, (file, flags, k) in names.items():
+        found = read(f"linreg-{file}"), read(f"mnist-{file}")
+        rows.append([name, f"`{flags}`", k, *(at(r["metrics"]["id"], k, digits) for r, digits in zip(found, (3, 1))), " and ".join(str(r["seeds"]) for r in found)])
+    return table(["special case", "flags of `linreg.py` and `mnist.py`", "steps", "linear regression", "MNIST, error %", "seeds"], rows)
 
 
 def lengths():
     """The headline rows, trained on 1, 5 and 10 mini-batches."""
     files = {
         "parametric regression": {"1": "linreg-hypernetwork", "5": "linreg", "10": "linreg-k10"},
+        "the same, no clock": {"5": "linreg-noclock", "10": "linreg-k10-noclock"},
         "implicit regression": {"1": "linreg-icl", "5": "linreg-implicit", "10": "linreg-implicit-k10"},
+        "the same, without one": {"5": "linreg-implicit-noclock", "10": "linreg-implicit-k10-noclock"},
         "implicit MNIST, error %": {"1": "mnist-icl", "5": "mnist", "10": "mnist-k10"},
         "the same, state seen whole": {"1": "mnist-loud-icl", "5": "mnist-loud", "10": "mnist-loud-k10"},
     }
     rows = []
     for label, names in files.items():
         for K, r in zip(names, map(read, names.values())):
-            cells = [command(r), r["seeds"], *(at(r["metrics"]["id"], k, 3 if "regression" in label else 1) for k in (1, 2, 5, 10))] if r else [NOT_RUN]
-            rows.append([label if K == next(iter(names)) else "", K, *cells, *[""] * (6 - len(cells))])
+            digits = 3 if r["script"] == "linreg" else 1
+            rows.append([label if K == next(iter(names)) else "", K, command(r), r["seeds"], *(at(r["metrics"]["id"], k, digits) for k in (1, 2, 5, 10))])
     return table(["", "trained on", "command", "seeds", "1", "2", "5", "10"], rows)
 
 
 def scaling():
     """Error far past the training length, at mini-batches of one size; the oracle has all that was seen."""
-    steps, rows, oracle = (1, 5, 10, 20, 50), [], None
-    for name in ("linreg", "linreg-explicit", "linreg-implicit", "linreg-clock"):
-        results = read(f"scaling-{name}")
-        if results:
-            rows.append([command(results), *(at(results["metrics"]["id"], k, 3) for k in steps)])
-            oracle = results["baselines"]["id"]["ridge, all seen"]
-    if oracle:
-        rows.append(["*ridge, all seen*", *(at(oracle, k, 3) for k in steps)])
-    return table(["squared error after", *steps], rows or [[NOT_RUN]])
+    steps, found = (1, 5, 10, 20, 50), [read(f"scaling-linreg{kind}") for kind in ("", "-explicit", "-implicit", "-noclock", "-implicit-noclock")]
+    rows = [[command(r).replace(" --clock none", ""), *(at(r["metrics"]["id"], k, 3) for k in steps)] for r in found]  # the checkpoint knows
+    rows.append(["*ridge, all seen*", *(at(found[0]["baselines"]["id"]["ridge, all seen"], k, 3) for k in steps)])
+    return table(["squared error after", *steps], rows)
 
 
 def race():
     """Rivals of the parametric regime on the same tasks, where each ends, and the model when it is as good."""
     results = load("race-linreg")
-    if not results:
-        return table(["`python results/race.py out/linreg/checkpoint.pt`"], [[NOT_RUN]])
     rows = []
     for name, row in results["rows"].items():
         end = row["end"]
@@ -191,9 +173,6 @@ def cost():
     text = []
     for name in ("cost-linreg", "cost-mnist"):
         found = load(name)
-        if not found:
-            text.append(table([f"`python results/cost.py out/{name[5:]}/checkpoint.pt`"], [[NOT_RUN]]))
-            continue
         rows = [[label, key, *(f"{v:.3g}" for v in found[form][field]), f"K^{found[form][key + '^']:.2f}" if key != found["metric"] else ""]
                 for key, field in (("ms", "ms"), ("MB", "MB"), (found["metric"], "mean")) for form, label in (("steps", "K steps"), ("vote", "vote of K"), ("one", "one step"))]  # fmt: skip
         text.append(f"{command(found)}: {found['data']}, {found['args']['regime']}, {found['machine']}, {found['dtype']}.\n\n" + table(["", "", *(f"K = {k}" for k in found["steps"]["steps"]), "from K = 8"], rows))
@@ -203,7 +182,7 @@ def cost():
 def ablations():
     """Short runs, three seeds; the difference from the first row of a group against its standard error."""
     found, rows = load("ablations"), []
-    for group, variants in (found or {}).items():
+    for group, variants in found.items():
         first = next(iter(variants.values()))
         for label, row in variants.items():
             K, last = first["trained"], row["steps"][-1]
@@ -211,16 +190,14 @@ def ablations():
             difference, noise = (row["mean"][K] - first["mean"][K], math.hypot(row["stderr"][K], first["stderr"][K]))
             verdict = "" if row is first else "tie" if abs(difference) <= 2 * noise else "better" if difference < 0 else "worse"
             rows.append([group if row is first else "", label, *(at(row, k, digits) for k in (1, K, last)), verdict, command(row)])
-    rows += [[group, NOT_RUN, "", "", "", "", ""] for group in GROUPS if group not in (found or {})]
-    return table(["what is varied", "value", "1", "5", "10", "against the first", "command"], rows) if rows else table(["`python results/ablations.py`"], [[NOT_RUN]])
+    rows += [[group, NOT_RUN, "", "", "", "", ""] for group in GROUPS if group not in found]
+    return table(["what is varied", "value", "1", "5", "10", "against the first", "command"], rows)
 
 
 def errors(files, paper):
-    """Error in % of the files (name -> command), one block a split, baselines below the models."""
-    results = {name: read(name) for name in files}
-    found = [r for r in results.values() if r]
-    rows = [[f"`{files[name]}`", NOT_RUN] for name, r in results.items() if not r]
-    for split in found[0]["metrics"] if found else ():
+    """Error in % of the files, one block a split, baselines below the models."""
+    found, rows = [read(name) for name in files], []
+    for split in found[0]["metrics"]:
         rows.append([f"**{found[0]['metrics'][split]['data']}**" + (" (out of distribution)" if split != "id" else "")])
         for r in found:
             quoted = paper.get((r["args"]["regime"], split), "") if r["args"].get("decoder") != "linear" or r["args"]["regime"] == "implicit" else ""
@@ -236,20 +213,17 @@ def mnist():
         ("implicit", "id"): "24.9 / 12.4", ("implicit", "ood"): "31.9 / 26.1", ("parametric", "id"): "43.9 / 35.5",
         ("parametric", "ood"): "40.5 / 34.3", ("explicit", "id"): "89.2 / 88.7", ("explicit", "ood"): "90.0 / 90.0",
     }  # fmt: skip
-    regimes = {"parametric": "parametric", "span": "parametric --decoder span", "explicit": "explicit"}
-    return errors({"mnist": "python mnist.py"} | {f"mnist-{name}": f"python mnist.py --regime {regime}" for name, regime in regimes.items()}, paper)
+    return errors(("mnist", "mnist-parametric", "mnist-span", "mnist-explicit"), paper)
 
 
 def fmnist():
     """The other direction: trained on FashionMNIST."""
     paper = {("implicit", "id"): "22.8 / 18.8", ("implicit", "ood"): "29.1 / 16.9", ("parametric", "id"): "35.9 / 30.8", ("parametric", "ood"): "38.8 / 31.3"}
-    files = {"fmnist": "python mnist.py --dataset fmnist"} | {f"fmnist-{regime}": f"python mnist.py --dataset fmnist --regime {regime}" for regime in ("parametric", "explicit")}
-    return errors(files, paper)
+    return errors(("fmnist", "fmnist-parametric", "fmnist-explicit"), paper)
 
 
 def imagenet():
-    files = {"imagenet": "python imagenet.py"} | {f"imagenet-{regime}": f"python imagenet.py --regime {regime}" for regime in ("parametric", "explicit")}
-    return errors(files, {})  # other data: the paper's numbers say nothing here
+    return errors(("imagenet", "imagenet-parametric", "imagenet-explicit"), {})  # other data: the paper's numbers say nothing here
 
 
 def flow():
@@ -257,9 +231,6 @@ def flow():
     rows = []
     for name in ("mog_flow", "alphabets"):
         results = read(name)
-        if not results:
-            rows.append([f"`python {name}.py`", NOT_RUN] + [""] * 7)
-            continue
         for split, m in results["metrics"].items():
             beside = results["baselines"][split]
 
@@ -277,8 +248,6 @@ def flow():
 def toposort():
     """Stage error of every column of table 5 that was run, at 1 and at K mini-batches, with the rivals at K."""
     results = read("toposort")
-    if not results:
-        return table(["`python toposort.py`"], [[NOT_RUN]])
     K, names = results["args"]["steps"], list(results["metrics"])
     rows = [[f"this model, {k} mini-batch{'es' if k > 1 else ''}", *(at(results["metrics"][s], k, 3) for s in names)] for k in (1, K, 2 * K)]
     for name in results["baselines"][names[0]]:
@@ -295,9 +264,6 @@ def bench():
     text = []
     for name in ("bench", "bench-wide"):
         results = load(name)
-        if not results:
-            text.append(table([f"`python bench.py` ({name})"], [[NOT_RUN]]))
-            continue
         rows = [[f"`{r['script']}.py` {r['regime']}", *(f"{r['table'][key]:.3g}" for key in keys)] for r in results["rows"]]
         where = f"`{re.sub(' --(out|repeats) [^ ]+| --overwrite', '', results['command'])}`: {results['machine']}, {results['threads']} thread(s), {results['dtype']}, {results['date'][:10]}."
         text.append(where + "\n\n" + table(["a training step", *keys.values()], rows))
@@ -306,8 +272,6 @@ def bench():
 
 def sampler():
     results = load("sampler")
-    if not results:
-        return ""
     found = {name: results[name] for name in ("lin", "rff")}
     rows = "; ".join(f"{name.upper()} {row['ms']:.2f} against {row['loop']:.2f} ms, {row['loop'] / row['ms']:.1f} times faster" for name, row in found.items())
     ours, loop = (sum(row[key] for row in found.values()) for key in ("ms", "loop"))
