@@ -34,7 +34,6 @@ import functools
 import importlib
 import io
 import itertools
-import json
 import os
 import shlex
 import sys
@@ -146,14 +145,6 @@ def header(wanted, args):
         "command": wanted.command, "machine": common.machine(args.device), "device": args.device, "dtype": args.dtype, "threads": torch.get_num_threads(),
         "torch": torch.__version__, "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
     }  # fmt: skip
-
-
-def write_report(wanted, report):
-    try:
-        os.makedirs(os.path.dirname(wanted.out) or ".", exist_ok=True)
-    except OSError as problem:
-        common.fail(f"cannot write --out {wanted.out}: {problem.strerror}")
-    common.replace_file(wanted.out, lambda path: common.write_text(path, json.dumps(report, indent=1)))
 
 
 def line(left, right, cells):
@@ -397,7 +388,7 @@ def main(argv=None):
                 print(line("", "", row["table"]))
             print(line(script, args.regime, row["table"].values()), flush=True)
             report["rows"].append(row)
-            write_report(wanted, report)
+            common.write_json(wanted.out, report)
     print("against K\n" + line("", "", map(str, KS)))
     for row in report["rows"]:
         print(line(row["script"], "ms", row["by_k"]["ms"]))

@@ -683,9 +683,11 @@ def seed_all(stream, seed, index=0):
 
 
 def replace_file(path, write):
-    """Calls write(temporary path) and moves the file into place: a kill or a full disk leaves the old file or the new one."""
+    """Calls write(binary file) and moves the file into place: a kill or a full disk leaves the old file or the new one."""
     try:
-        write(path + ".tmp")
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path + ".tmp", "wb") as f:
+            write(f)
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
         reason = getattr(error, "strerror", None) or f"is the disk full? {str(error).partition(chr(10))[0]}"
@@ -695,9 +697,8 @@ def replace_file(path, write):
             os.remove(path + ".tmp")
 
 
-def write_text(path, text, mode="w"):
-    with open(path, mode) as f:
-        f.write(text)
+def write_json(path, content):
+    replace_file(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
 
 
 def read_log(out):
@@ -791,7 +792,7 @@ class Journal:
             return
         if args.checkpoint:
             rows = [json.dumps(row) + "\n" for row in read_log(args.out) if row["iteration"] <= self.iteration]
-            replace_file(self.log_path, lambda path: write_text(path, "".join(rows)))
+            replace_file(self.log_path, lambda f: f.write("".join(rows).encode()))
             return
         try:
             os.makedirs(args.out, exist_ok=True)
@@ -863,7 +864,8 @@ class Journal:
         lr = self.optimizer.param_groups[0]["lr"]
         row = {"iteration": self.iteration, "loss": losses, "metric": metric, "lr": lr, "seconds": round(self.seconds, 2)}
         try:
-            write_text(self.log_path, json.dumps(row) + "\n", "a")
+            with open(self.log_path, "a") as f:
+                f.write(json.dumps(row) + "\n")
         except OSError as error:
             fail(f"cannot write {self.log_path} ({error.strerror}); {self.path} holds the last good state")
         self.bar.set_postfix_str(f"loss {losses[-1]:.4f} metric {metric:.3g}")
@@ -876,7 +878,7 @@ class Journal:
             **self.args.description, "iteration": self.iteration, "train_seconds": self.seconds,
             "pending": self.pending, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        replace_file(self.path, lambda path: torch.save(content, path))
+        replace_file(self.path, lambda f: torch.save(content, f))
 
 
 def trained(args):
@@ -936,8 +938,7 @@ def write_results(args, model, data, iterations, seconds, metrics, baselines):
         "train_seconds": round(seconds, 1), "cpu_seconds": round(time.process_time(), 1),  # the latter of the whole process
         "metrics": metrics, "baselines": baselines,
     }  # fmt: skip
-    os.makedirs(args.out, exist_ok=True)
-    replace_file(os.path.join(args.out, "results.json"), lambda path: write_text(path, json.dumps(results, indent=1)))
+    write_json(os.path.join(args.out, "results.json"), results)
     for split, m in metrics.items():
         for step, mean, stderr in zip(m["steps"], m["mean"], m["stderr"]):
             rows = [(name, b) for name, b in baselines.get(split, {}).items() if step in b["steps"]]
@@ -987,7 +988,7 @@ def pyplot():
 
 
 def save_figure(fig, path, dpi=130):
-    replace_file(path, lambda temporary: fig.savefig(temporary, dpi=dpi, format="png"))
+    replace_file(path, lambda f: fig.savefig(f, dpi=dpi, format="png"))
     pyplot().close(fig)
 
 

@@ -478,11 +478,6 @@ def read_shard(path, size):
     return rows if rows.ndim == 1 and rows.dtype == row_type(size) else None
 
 
-def write_shard(path, rows):
-    with open(path, "wb") as f:
-        np.save(f, rows)
-
-
 def read_facts(folder):
     try:
         facts = json.loads(Path(folder, "features.json").read_text())
@@ -492,10 +487,6 @@ def read_facts(folder):
         return facts
     except (OSError, ValueError, KeyError, TypeError):
         common.fail(f"{folder}/features.json is missing or damaged: delete the folder to extract it again")
-
-
-def write_facts(folder, facts):
-    common.replace_file(str(folder / "features.json"), lambda path: common.write_text(path, json.dumps(facts, indent=1)))
 
 
 def read_features(folder):
@@ -555,7 +546,7 @@ def extract_split(folder, split, images, model, facts, args, bar):
         i = batch[0] // SHARD
         if batch[-1] == shards[i][-1]:
             rows = np.concatenate([np.empty(0, row_type(facts["size"])), *rows])
-            common.replace_file(str(paths[i]), lambda path: write_shard(path, rows))
+            common.replace_file(str(paths[i]), lambda f: np.save(f, rows))
             rows = []
     return sum(map(len, plan)), time.time() - start, last
 
@@ -575,7 +566,7 @@ def extract(argv):
     done, seconds, last = 0, 0.0, None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_facts(folder, before)
+        common.write_json(str(folder / "features.json"), before)
         with tqdm(total=sum(facts["images"].values()), unit="image", dynamic_ncols=True) as bar:
             for split, images in source.items():
                 n, s, batch = extract_split(folder, split, Decoded(images, preprocess), model, facts, args, bar)
@@ -602,7 +593,7 @@ def extract(argv):
         speed, alone = done / seconds, 3 * len(last) / (time.time() - start)
         print(f"{speed:.1f} images/s, {100 * speed / alone:.0f}% of the {alone:.1f} that the backbone does by itself")
         facts |= {"images_per_second": round(speed, 1), "backbone_images_per_second": round(alone, 1)}
-    write_facts(folder, facts)
+    common.write_json(str(folder / "features.json"), facts)
 
 
 # ---------------------------------------------------------------- main

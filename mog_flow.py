@@ -233,11 +233,6 @@ def one_gaussian(points, n):
 FLOOR, EXACT = "fresh samples (floor)", "exact field, same solver"  # rows that have seen no context
 
 
-def save_points(path, arrays):
-    with open(path, "wb") as f:  # given a name, numpy would add an ending of its own
-        np.savez_compressed(f, **arrays)
-
-
 @torch.no_grad()
 def compare(model, args, split, sample, unit, stream):
     """W2 and W1 to the same true points, after 0 ... K, 1.5 K and 2 K fresh mini-batches, of the model and of what stands beside it.
@@ -267,10 +262,9 @@ def compare(model, args, split, sample, unit, stream):
         for name, points in answers.items():  # (2, tasks, steps)
             rows[name].append(unit * torch.stack([torch.stack([wasserstein(x, truth, p) for x in points], 1) for p in (2, 1)]))
         if first == 0:
-            os.makedirs(args.out, exist_ok=True)
             pictures = dict(batches=batches, generated=torch.stack(answers["this model"]), truth=truth)
             pictures = {name: unit * points[..., :8, :, :].cpu().numpy() for name, points in pictures.items()}
-            common.replace_file(os.path.join(args.out, f"points_{split}.npz"), lambda path: save_points(path, pictures))
+            common.replace_file(os.path.join(args.out, f"points_{split}.npz"), lambda f: np.savez_compressed(f, **pictures))
     rows = {name: torch.cat(chunks, 1) for name, chunks in rows.items()}
     floor = rows[FLOOR] = rows[FLOOR].mean(-1, keepdim=True)
 
@@ -358,7 +352,7 @@ def plot_gif(path, batches, generated, truth, K, title):
             fig.canvas.draw()
             images.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").quantize(32))
     options = dict(save_all=True, append_images=images[1:], duration=[*pauses.values()] * K, loop=0)
-    common.replace_file(path, lambda temporary: images[0].save(temporary, "GIF", **options))
+    common.replace_file(path, lambda f: images[0].save(f, "GIF", **options))
     plt.close(fig)
 
 

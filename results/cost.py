@@ -104,7 +104,7 @@ def main(argv=None):
     for form, name in FORMS.items():
         for key, values in (("ms", "ms"), ("MB", "MB"), (unit, "mean")):
             print(line(name, key, report[form][values]) + (f"   as K^{report[form][key + '^']:.2f} from K = {KS[-3]}" if key != unit else ""))
-    bench.write_report(wanted, report)
+    common.write_json(wanted.out, report)
     plot(report, os.path.splitext(wanted.out)[0] + ".png")
 
 

@@ -246,7 +246,7 @@ def main(argv=None):
     }  # fmt: skip
     report["rows"], report["meta_training"] = race(model, sample, problem, wanted.baseline, wanted.baseline_seconds or seconds, args, stream)
     say(report["rows"], unit)
-    bench.write_report(wanted, report)
+    common.write_json(wanted.out, report)
     plot(report, os.path.splitext(wanted.out)[0] + ".png")
 
 

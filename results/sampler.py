@@ -68,7 +68,7 @@ def main(argv=None):
     for mechanism in toposort.MECHANISMS:
         report[mechanism] = row = measure(mechanism)
         print(f"{mechanism}, {NODES} nodes, {ROWS} rows: {row['ms']:.3f} ms of processor a data set, plain numpy loop {row['loop']:.3f}: {row['ratio']:.1f} times faster")
-    bench.write_report(wanted, report)
+    common.write_json(wanted.out, report)
 
 
 if __name__ == "__main__":

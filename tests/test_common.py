@@ -642,19 +642,19 @@ def test_seeds_are_a_function_of_stream_seed_and_index():
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
-    common.replace_file(str(path), lambda temporary: common.write_text(temporary, "old"))
+    common.replace_file(str(path), lambda f: f.write(b"old"))
 
-    def killed(temporary):
-        common.write_text(temporary, "ne")
+    def killed(f):
+        f.write(b"ne")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         common.replace_file(str(path), killed)
     assert path.read_text() == "old"
     with pytest.raises(SystemExit):  # a signal in the middle
-        common.replace_file(str(path), lambda temporary: (common.write_text(temporary, "ne"), sys.exit(130)))
+        common.replace_file(str(path), lambda f: (f.write(b"ne"), sys.exit(130)))
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
-    common.replace_file(str(path), lambda temporary: common.write_text(temporary, "new"))
+    common.replace_file(str(path), lambda f: f.write(b"new"))
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
 
 

@@ -371,13 +371,13 @@ def dies(model, x, args):
 imagenet.forward = dies
 """,
     "within a shard's file": """
-whole = imagenet.write_shard
-def dies(path, rows):
-    whole(path, rows)
-    if "-00001" in path:
-        os.truncate(path, os.path.getsize(path) // 2)
+whole = imagenet.np.save
+def dies(f, rows):
+    whole(f, rows)
+    if "-00001" in f.name:
+        f.truncate(f.tell() // 2)
         os.killpg(0, {0})
-imagenet.write_shard = dies
+imagenet.np.save = dies
 """,
 }
 

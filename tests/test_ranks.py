@@ -31,7 +31,7 @@ def be_rank(rank, ranks, port, script, *flags):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common.RANK, common.RANKS = rank, ranks
     if rank:
-        common.replace_file = common.write_text = None  # whoever calls them fails
+        common.replace_file = None  # whoever calls it fails
     call(script, *flags, tiny=script in TINY and not flags[0].startswith("--resume"))
 
 
