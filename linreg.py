@@ -24,7 +24,7 @@ def get_args(argv=None):
     add("--noise", type=common.number(float, 1e-3), default=0.5, help="standard deviation of the noise")
     parser.set_defaults(regime="parametric", steps=5, context=31, queries=32, tasks=32, iters=3500, lr=3e-3, attention="linear", clock="steps")
     args = common.parse_args(parser, PRESETS, argv)
-    if not args.plot_only and args.state == "softmax":
+    if args.state == "softmax":
         common.fail("--state softmax is for classes; a regression has no softmax")
     return args
 

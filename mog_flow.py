@@ -32,20 +32,18 @@ UNIT = SPREAD  # models see points divided by this, so that data and the noise t
 Density = collections.namedtuple("Density", "centres count std")
 
 
-def add_flow_flags(parser):
-    """Flags of flow matching; alphabets.py has them too."""
+def parse_flow_args(parser, presets, argv):
+    """common.parse_args with the flags of flow matching, and without what the shared flags allow and a flow does not; for alphabets.py, too."""
     add = parser.add_argument_group("flow matching").add_argument
     add("--solver", choices=SOLVERS, default="heun", help="fixed-step ODE solver; midpoint and heun read the field twice a step")
     add("--ode-steps", type=common.count, default=8, help="steps of the solver from noise (t = 0) to data (t = 1)")
     add("--points", type=common.number(int, 2), default=256, help="generated and true points per task in W2 and W1, which depend on it")
-
-
-def refuse(args):
-    """What the shared flags allow and a flow does not."""
+    args = common.parse_args(parser, presets, argv)
     if args.regime != "implicit":
         common.fail(f"--regime {args.regime} needs a predictor with parameters or a latent; a flow's velocities are refined by --regime implicit only")
     if args.state == "softmax":
         common.fail("--state softmax is for classes; a velocity has no softmax")
+    return args
 
 
 def get_args(argv=None):
@@ -53,12 +51,8 @@ def get_args(argv=None):
     add = parser.add_argument_group("mixtures of Gaussians").add_argument
     add("--dim", type=common.number(int, 2), default=2, help="dimension of the points")
     add("--max-clusters", type=common.count, default=10, help="a task has 1 to this many clusters")
-    add_flow_flags(parser)
     parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=8000, lr=3e-3, history=3, eval_tasks=200)
-    args = common.parse_args(parser, PRESETS, argv)
-    if not args.plot_only:
-        refuse(args)
-    return args
+    return parse_flow_args(parser, PRESETS, argv)
 
 
 # ---------------------------------------------------------------- the task

@@ -33,8 +33,6 @@ def get_args(argv=None):
     add("--mechanism", choices=("both", *MECHANISMS), default="both", help="train on linear functions, on random Fourier features, or on both")
     parser.set_defaults(regime="implicit", steps=5, context=32, tasks=8, iters=4500, lr=3e-3, width=32, depth=2, eval_tasks=100)
     args = common.parse_args(parser, PRESETS, argv)
-    if args.plot_only:
-        return args
     if args.regime != "implicit":
         common.fail(f"--regime {args.regime} needs a predictor with parameters or a latent; leaf logits are refined by --regime implicit only")
     if args.state != "logits":
