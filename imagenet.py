@@ -426,24 +426,22 @@ def dinov2_preprocess():
 
 
 class Decoded(torch.utils.data.Dataset):
-    """(index, label, preprocessed image), made in worker processes; None in place of an image that cannot be decoded."""
+    """Batches of (index, label, preprocessed image), made in worker processes, without images that cannot be decoded; None if none can."""
 
     def __init__(self, images, preprocess):
         self.images, self.preprocess = images, preprocess
 
-    def __getitem__(self, index):
-        try:
-            image, label = self.images[index]
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as problem:  # what decoders raise
-            if getattr(problem, "errno", None):
-                raise  # a disk or a network failed, not this image
-            return None
-        return index, label, self.preprocess(image.convert("RGB"))
-
-
-def collate(rows):
-    good = [row for row in rows if row is not None]
-    return torch.utils.data.default_collate(good) if good else None
+    def __getitem__(self, batch):
+        rows = []
+        for index in batch:
+            try:
+                image, label = self.images[index]
+            except (OSError, SyntaxError, ValueError, EOFError, struct.error) as problem:  # what decoders raise
+                if getattr(problem, "errno", None):
+                    raise  # a disk or a network failed, not this image
+                continue
+            rows.append((index, label, self.preprocess(image.convert("RGB"))))
+        return torch.utils.data.default_collate(rows) if rows else None
 
 
 def quiet_worker(_):
@@ -531,7 +529,7 @@ def extract_split(folder, split, images, model, facts, args, bar):
     plan = [list(shards[i][j : j + args.batch]) for i in todo for j in range(0, len(shards[i]), args.batch)]  # no batch is in two shards
     bar.update(len(images.images) - sum(map(len, plan)))
     loader = torch.utils.data.DataLoader(
-        images, batch_sampler=plan, num_workers=args.workers, collate_fn=collate, worker_init_fn=quiet_worker, pin_memory=args.device.startswith("cuda")
+        images, batch_size=None, sampler=plan, num_workers=args.workers, worker_init_fn=quiet_worker, pin_memory=args.device.startswith("cuda")
     )
     start, rows, last = time.time(), [], None
     for batch, decoded in zip(plan, loader):
