@@ -523,11 +523,11 @@ def describe(args, source, model, preprocess):
 
 def extract_split(folder, split, images, model, facts, args, bar):
     """Writes the shards that are missing -> images read, seconds, and the last batch of them."""
-    paths = shard_paths(folder, split, len(images.images))
-    shards = [range(i * SHARD, min((i + 1) * SHARD, len(images.images))) for i in range(len(paths))]
-    todo = [i for i, path in enumerate(paths) if read_shard(path, facts["size"]) is None]
-    plan = [list(shards[i][j : j + args.batch]) for i in todo for j in range(0, len(shards[i]), args.batch)]  # no batch is in two shards
-    bar.update(len(images.images) - sum(map(len, plan)))
+    every, paths = range(len(images.images)), shard_paths(folder, split, len(images.images))
+    shards = [every[i : i + SHARD] for i in every[::SHARD]]
+    todo = [shard for shard, path in zip(shards, paths) if read_shard(path, facts["size"]) is None]
+    plan = [list(shard[i : i + args.batch]) for shard in todo for i in range(0, len(shard), args.batch)]  # no batch is in two shards
+    bar.update(len(every) - sum(map(len, plan)))
     loader = torch.utils.data.DataLoader(
         images, batch_size=None, sampler=plan, num_workers=args.workers, worker_init_fn=quiet_worker, pin_memory=args.device.startswith("cuda")
     )
@@ -538,14 +538,12 @@ def extract_split(folder, split, images, model, facts, args, bar):
             x = forward(model, last, args).half()
             if not x.isfinite().all():
                 common.fail(f"{facts['backbone']} gives features that are not finite in half precision")
-            rows.append(np.empty(len(x), row_type(facts["size"])))
-            rows[-1]["image"], rows[-1]["label"], rows[-1]["x"] = index, label, x
+            rows += zip(index.tolist(), label.tolist(), x.numpy())
         bar.update(len(batch))
         i = batch[0] // SHARD
         if batch[-1] == shards[i][-1]:
-            rows = np.concatenate([np.empty(0, row_type(facts["size"])), *rows])
-            common.replace_file(str(paths[i]), lambda f: np.save(f, rows))
-            rows = []
+            shard, rows = np.array(rows, row_type(facts["size"])), []
+            common.replace_file(str(paths[i]), lambda f: np.save(f, shard))
     return sum(map(len, plan)), time.time() - start, last
 
 
@@ -563,7 +561,6 @@ def extract(argv):
     print(f"{NAMES[args.extract]} through {facts['backbone']} on {args.device}: {facts['size']} features an image; writes to {folder}")
     done, seconds, last = 0, 0.0, None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         common.write_json(str(folder / "features.json"), before)
         with tqdm(total=sum(facts["images"].values()), unit="image", dynamic_ncols=True) as bar:
             for split, images in source.items():
