@@ -109,13 +109,10 @@ def read_checkpoint(wanted):
 
 def get_jobs(args):
     """-> (script, the script's own args), all of them checked before any work."""
-    jobs = []
-    for script, regime in itertools.product(args.scripts, args.regimes):
-        if regime in SCRIPTS[script]:
-            jobs.append((script, read_flags(script, *FIXED.get(script, []), *args.more, f"--regime={regime}")))
-    if not jobs:
+    pairs = [(script, regime) for script in args.scripts for regime in args.regimes if regime in SCRIPTS[script]]
+    if not pairs:
         common.fail(f"--regimes {' '.join(args.regimes)}: {' and '.join(args.scripts)} can only do implicit")
-    return jobs
+    return [(script, read_flags(script, *FIXED.get(script, []), *args.more, f"--regime={regime}")) for script, regime in pairs]
 
 
 def load(script, args):

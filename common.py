@@ -941,8 +941,7 @@ def write_results(args, model, data, iterations, seconds, metrics, baselines):
     write_json(os.path.join(args.out, "results.json"), results)
     for split, m in metrics.items():
         for step, mean, stderr in zip(m["steps"], m["mean"], m["stderr"]):
-            rows = [(name, b) for name, b in baselines.get(split, {}).items() if step in b["steps"]]
-            beside = ", ".join(f"{name} {b['mean'][b['steps'].index(step)]:.3f}" for name, b in rows)
+            beside = ", ".join(f"{name} {b['mean'][b['steps'].index(step)]:.3f}" for name, b in baselines[split].items() if step in b["steps"])
             note = " (past training)" if step > args.steps else ""
             print(f"{split} {m['data']} step {step}: {m['name']} {mean:.3f} +- {stderr:.3f}{note}" + (f" | {beside}" if beside else ""))
 
@@ -971,10 +970,8 @@ def log_axis(ax, which):
 
     ax.set(**{f"{which}scale": "log"})
     low, high = getattr(ax, f"get_{which}lim")()
-    axis = getattr(ax, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
+    locator = LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,))
+    getattr(ax, f"{which}axis").set(major_locator=locator, major_formatter="{x:g}", minor_formatter=NullFormatter())
 
 
 def pyplot():
@@ -1007,7 +1004,7 @@ def plot_steps(out, results, log_scale=False):
         ax.axis("off")
     for ax, (split, m) in zip(axes, metrics.items()):
         ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=COLORS[0], lw=2, capsize=3, label="this model", zorder=3)
-        for i, (name, b) in enumerate(results["baselines"].get(split, {}).items(), 1):
+        for i, (name, b) in enumerate(results["baselines"][split].items(), 1):
             marker = "." if len(b["steps"]) > 1 else "D"
             ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=marker, color=COLORS[i % len(COLORS)], label=name)
         ax.axvline(K, color="0.7", lw=1, zorder=0, label="trained up to here")
