@@ -114,8 +114,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def split(self, x):
-        B, S, C = x.shape
-        return x.view(B, S, self.heads, C // self.heads).transpose(1, 2)  # (B, heads, S, C / heads)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, S, C / heads)
 
     def memory(self, h):
         """Keys and values of normed tokens h (B, N, D), for any token that attends to them."""

@@ -276,10 +276,7 @@ def best_priors(sample, steps):
     """The prior with which logistic regression errs least after each of `steps`, on 32 tasks that are not evaluated."""
     common.seed_all(common.EVALUATION, 1000)
     task = sample(32)
-
-    def errs(k, prior):
-        return float(error(fitted(*seen(task, k), task.query_x, prior), task.query_y).mean())
-
+    errs = lambda k, prior: float(error(fitted(*seen(task, k), task.query_x, prior), task.query_y).mean())
     return [min((3.0, 10.0, 30.0, 100.0, 300.0), key=lambda prior: errs(k, prior)) for k in steps]
 
 
