@@ -213,12 +213,13 @@ class Parametric(nn.Module):
         return self.theta0.expand(len(query_x), -1)  # (B, P)
 
     def predict(self, states, x):
-        """States (..., P) applied to inputs x (..., Q, X) -> (..., Q, Y)."""
+        """States (T, B, P) applied to inputs x (B, Q, X) -> (T, B, Q, Y)."""
         return self.apply_to(self.basis(x), states)
 
     def apply_to(self, phi, states):
-        """basis(x) @ weights.T, in the order whose gradient a CPU multiplies several times faster."""
-        return (states.unflatten(-1, (self.y_dim, -1)) @ phi.mT).mT
+        """basis(x) @ weights.T, in one product for all prefixes, and in the order whose gradient a CPU multiplies several times faster."""
+        weights = states.unflatten(-1, (self.y_dim, -1)).transpose(0, 1).flatten(1, 2)  # (B, T Y, F)
+        return (weights @ phi.mT).unflatten(1, (len(states), -1)).transpose(0, 1).mT
 
     def residuals(self, state, phi, y):
         """Gradient of each observation's loss in its prediction, p - y for the usual losses: (B, P), basis(x) (B, N, F) -> (B, N, Y).
@@ -226,7 +227,7 @@ class Parametric(nn.Module):
         An input of the model, as the gradients are: nothing flows back into it.
         """
         with torch.enable_grad():
-            predictions = self.apply_to(phi, state).detach().requires_grad_()
+            predictions = self.apply_to(phi, state[None])[0].detach().requires_grad_()
             return torch.autograd.grad(self.loss(predictions, y).sum(), predictions)[0]
 
     def gradients(self, residuals, phi):
@@ -247,7 +248,7 @@ class Parametric(nn.Module):
             kernel = (phi @ phi.mT)[:, None] * prefix[..., None]  # (B, T, N, N): equations of the prefix; parts beyond it come out 0
             # solve_ex, which does not check: a system without a solution ends in a loss that is not finite, which the journal names.
             parts = torch.linalg.solve_ex(kernel + wanted[:, None, :, -1].exp().diag_embed(), parts)[0]
-        return (parts.mT @ phi[:, None]).flatten(2).transpose(0, 1)
+        return (parts.mT.flatten(1, 2) @ phi).unflatten(1, (len(prefix), -1)).flatten(2).transpose(0, 1)
 
     def update(self, past, x, y, query_x, step=0):
         """h_phi of eq. 7: the last H states (B, P) and a mini-batch, after `step` others -> states after each prefix (T, B, P)."""
@@ -422,7 +423,10 @@ def all_reduce(x, kind="SUM"):
         try:
             dist.all_reduce(x, getattr(dist.ReduceOp, kind))
         except RuntimeError as error:
-            fail(f"another rank died ({str(error).partition(chr(10))[0]}); the last checkpoint is kept: go on with --resume DIR", 1)
+            try:
+                fail(f"another rank died ({str(error).partition(chr(10))[0]}); the last checkpoint is kept: go on with --resume DIR", 1)
+            finally:
+                os._exit(1)  # at once: an orderly exit would wait for the rank that died
     return x
 
 
@@ -625,8 +629,10 @@ def pick_device(device, dtype):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("mps"):
         fail("--device mps: Apple's GPUs have no float64, which the evaluations need (use --device cpu)")
+    if device.startswith("cuda:") and RANKS > 1:
+        fail(f"--device {device}: each of the {RANKS} ranks takes a GPU of its own (use --device cuda)")
     if device == "cuda" and RANKS > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
     try:
         kind = torch.zeros(1, device=device).device.type
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -740,6 +746,7 @@ def place(model, args):
             model.load_state_dict(args.checkpoint["model"])
         except (RuntimeError, KeyError, AttributeError, TypeError):
             fail("the checkpoint's weights do not fit the model that its flags describe")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every size of a context, and training draws them
     model.to(args.device).transformer.dtype = getattr(torch, args.dtype)
     if args.compile:
         for block in model.transformer.blocks:

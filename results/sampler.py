@@ -64,7 +64,7 @@ def main(argv=None):
     wanted = get_args(argv)
     if wanted.more:
         common.fail(f"{wanted.more[0]}: results/sampler.py has no such flag, what it measures is fixed")
-    report = bench.header(wanted, bench.read_flags("toposort")) | {"nodes": NODES, "rows": ROWS}
+    report = bench.header(wanted, bench.read_flags("toposort", "--device=cpu")) | {"nodes": NODES, "rows": ROWS}
     for mechanism in toposort.MECHANISMS:
         report[mechanism] = row = measure(mechanism)
         print(f"{mechanism}, {NODES} nodes, {ROWS} rows: {row['ms']:.3f} ms of processor a data set, plain numpy loop {row['loop']:.3f}: {row['ratio']:.1f} times faster")

@@ -311,7 +311,7 @@ def test_gradients_of_observations_equal_autograd_one_by_one(task, regime, loss)
     for b in range(B):
         for n in range(N):
             one = state[b].clone().requires_grad_()
-            value = loss(model.predict(one, x[b, n : n + 1]), y[b, n : n + 1]).squeeze()
+            value = loss(model.predict(one[None, None], x[b, n : n + 1][None]), y[b, n : n + 1]).squeeze()
             close(at_once[b, n], torch.autograd.grad(value, one)[0], 1e-4)
 
 
@@ -375,7 +375,7 @@ def test_gradient_descent_is_a_special_case_of_the_span(task, regime, loss, mask
     expected = []
     for n in range(1, N + 1):
         state = past[-1].detach().requires_grad_()
-        total = loss(model.predict(state, x[:, :n]), y[:, :n]).sum()
+        total = loss(model.predict(state[None], x[:, :n]), y[:, :n]).sum()
         expected.append(past[-1] - eta * torch.autograd.grad(total, state)[0])
     if mask == "causal":
         close(new, torch.stack(expected), 1e-4)
@@ -433,7 +433,7 @@ def test_tokens_see_the_residuals_of_each_past_state_and_nothing_else_of_them(ta
     """Oldest first, beside the observation; so two states with the same residuals are the same to the model."""
     model = make("parametric", decoder="span", mask="none", history=3).eval()
     x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
-    wrong = torch.cat([2 * (model.predict(state, x) - y) for state in past], -1)
+    wrong = torch.cat([2 * (model.predict(state[None], x)[0] - y) for state in past], -1)
     tokens = model.observation(torch.cat([x, y], -1)) + model.residual(wrong)
     close(model.update(past, x, y, None), past[-1] + model.pull_back(x, model.decoder(model.transformer(tokens, False))))
 

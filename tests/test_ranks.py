@@ -125,6 +125,13 @@ def test_ranks_that_nobody_started_together_cannot_meet(monkeypatch, capsys):
     assert "torchrun" in error and error.count("\n") == 1 and not os.path.exists("run/log.jsonl")
 
 
+def test_each_rank_takes_a_gpu_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(common, "RANKS", 2)
+    with pytest.raises(SystemExit):
+        common.pick_device("cuda:0", "auto")
+    assert "--device cuda:0: each of the 2 ranks" in capsys.readouterr().err
+
+
 def test_torchrun():
     call("linreg", "--dtype float32 --out one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(ROOT, "linreg.py")]
