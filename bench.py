@@ -72,10 +72,15 @@ def read_args(program, doc, add_flags, out, argv):
     parser.add_argument("--out", type=common.path, metavar="FILE", default=out, help=f"the JSON file (default: {out})")
     parser.add_argument("--overwrite", action="store_true", help="replace that file")
     args, args.more = parser.parse_known_args(argv)
+    if wrong := [word for word in args.more if word.partition("=")[0] in ("--regime", "--eval", "--resume", "--iters")]:
+        common.fail(f"{wrong[0]}: {program} sets it itself" + (" (use --regimes)" if "--regime" in wrong[0] else ""))
     if args.out.endswith(".png"):
         common.fail(f"--out {args.out}: the report is a JSON file, and its plot, if there is one, lies beside it as .png")
-    if os.path.isdir(args.out) or (os.path.lexists(args.out) and not args.overwrite):
-        common.fail(f"--out {args.out} exists: give another file" + ("" if os.path.isdir(args.out) else ", or --overwrite"))
+    for path in filter(os.path.lexists, (args.out, os.path.splitext(args.out)[0] + ".png")):
+        if not os.path.isfile(path) or path == getattr(args, "file", None):  # a folder, a device, the checkpoint
+            common.fail(f"--out {args.out}: {path} is not to be replaced: give another file")
+        if not args.overwrite:
+            common.fail(f"--out {args.out}: {path} exists: give another file, or --overwrite")
     common.check_out(Namespace(eval=None, resume=None, overwrite=True, out=os.path.dirname(args.out) or "."))
     args.command = shlex.join(["python", program, *(sys.argv[1:] if argv is None else argv)])
     return args
@@ -87,10 +92,7 @@ def get_args(argv=None):
         add("--regimes", nargs="+", choices=ALL, default=ALL, help="default: all that a script has")
         add("--repeats", type=common.count, default=5, help="turns")
 
-    args = read_args("bench.py", __doc__, add_flags, "out/bench.json", argv)
-    if wrong := [word for word in args.more if word.partition("=")[0] in ("--regime", "--eval", "--resume", "--iters")]:
-        common.fail(f"{wrong[0]}: the bench sets it itself" + (" (use --regimes)" if "--regime" in wrong[0] else ""))
-    return args
+    return read_args("bench.py", __doc__, add_flags, "out/bench.json", argv)
 
 
 def read_flags(script, *flags):

@@ -456,6 +456,8 @@ def fail(message, code=2):
 
 def run(main):
     """What a script does when it is started: what its own checks could not foresee ends in one line, too."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit its encoding
     try:
         main()
         print(end="", flush=True)
@@ -483,8 +485,8 @@ def number(kind, low, strict=False):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-        if not math.isfinite(value) or value < low or (strict and value == low):
-            raise argparse.ArgumentTypeError(f"must be {'above' if strict else 'at least'} {low}, not {text}")
+        if not low <= value < (2**31 if kind is int else math.inf) or (strict and value == low):
+            raise argparse.ArgumentTypeError(f"must be {'above' if strict else 'at least'} {low}{' and below 2^31' if kind is int else ''}, not {text}")
         return value
 
     return parse
@@ -594,8 +596,10 @@ def parse_args(parser, presets, argv=None):
     args.out = args.resume or args.out or (beside if args.eval else "out/" + "-".join([script, *changed]))
     check_out(args)
     command = shlex.join(["python", f"{script}.py", *argv])
+    if args.resume:  # a run keeps its own, and what is changed for its evaluation
+        command = checkpoint.get("command", command) + "".join(f" --{flag.replace('_', '-')} {given[flag]}" for flag in sorted(KEPT & given.keys()))
     args.description = {
-        "command": checkpoint.get("command", command) if args.resume else command, "script": script,
+        "command": command, "script": script,
         "args": {flag: value for flag, value in chosen.items() if flag not in RUNTIME - KEPT},
     }  # fmt: skip
     print(f"device {args.device}, dtype {args.dtype} ({reason}), {torch.get_num_threads()} threads; writes to {args.out}")
@@ -635,7 +639,7 @@ def pick_device(device, dtype):
         device = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
     try:
         kind = torch.zeros(1, device=device).device.type
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, ImportError):
         kind = None
     if kind not in ("cpu", "cuda"):
         fail(f"--device {device}: this machine (or this build of torch) does not have it")
@@ -730,6 +734,8 @@ def load_checkpoint(path, script):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        fail(f"{path} may not be read")
     except Exception:  # torch.load raises a dozen kinds, and every one means the same to the user
         fail(f"{path} is not a checkpoint of this project, or it is damaged")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):

@@ -84,7 +84,9 @@ def read_npz(path):
         with np.load(path) as f:
             parts = {split: [(f[f"x_{split}"] * f["scale"].astype(np.float16), f[f"y_{split}"])] for split in ("train", "test")}
         for ((x, y),) in parts.values():
-            if x.ndim != 2 or not len(x) or not np.isfinite(x[:1]).all() or y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0:
+            if x.ndim != 2 or not x.size or not np.isfinite(x).all() or x.shape[1] != parts["train"][0][0].shape[1]:
+                raise ValueError
+            if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0 or y.max() > 10**6:
                 raise ValueError
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zipfile.zlib.error):
         common.fail(f"{path} is damaged, or no file of features (x_train, y_train, x_test, y_test, scale)")
@@ -429,11 +431,13 @@ class Decoded(torch.utils.data.Dataset):
         self.images, self.preprocess = images, preprocess
 
     def __getitem__(self, batch):
+        from PIL.Image import DecompressionBombError
+
         rows = []
         for index in batch:
             try:
                 image, label = self.images[index]
-            except (OSError, SyntaxError, ValueError, EOFError, struct.error) as problem:  # what decoders raise
+            except (OSError, SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError) as problem:  # what decoders raise
                 if getattr(problem, "errno", None):
                     raise  # a disk or a network failed, not this image
                 continue
@@ -509,7 +513,7 @@ def describe(args, source, model, preprocess):
         weights.update(name.encode() + values.cpu().contiguous().numpy().tobytes())
     for images in source.values():
         for path, label in getattr(images, "samples", []):
-            listing.update(f"{os.path.relpath(path, args.source)} {label}\n".encode())
+            listing.update(os.fsencode(f"{os.path.relpath(path, args.source)} {label}\n"))
     return {
         "dataset": args.extract, "backbone": args.backbone + (f" with {os.path.basename(args.weights)}" if args.weights else ""),
         "weights_sha256": weights.hexdigest(), "preprocessing": " ".join(str(preprocess).split()),

@@ -11,6 +11,7 @@ Out of distribution: the other dataset. The metric is the error in %; guessing c
 """
 
 import gzip
+import http.client
 import os
 import socket
 from pathlib import Path
@@ -53,6 +54,8 @@ def read_idx(path):
         if raw[:3] != b"\0\0\x08" or not len(shape) or shape.min() < 0:  # two zeros, then 8 for unsigned bytes
             raise ValueError
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+    except PermissionError:
+        common.fail(f"{path} (or its .gz) may not be read")
     except (OSError, EOFError, ValueError, IndexError, gzip.zlib.error):
         common.fail(f"{path} is damaged: delete it (and its .gz) to download it again")
 
@@ -66,15 +69,19 @@ def load_mnist(dataset, folder):
     files = [raw / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     arrays = [read_idx(file) for file in files]
     if any(a is None for a in arrays):
-        made = [f for f in (raw, *raw.parents) if not f.exists()]
+        made, before = [f for f in (raw, *raw.parents) if not f.exists()], set(raw.glob("*"))
         try:
             socket.setdefaulttimeout(20)
             source(folder, download=True)  # from torchvision's mirrors, with checksums
-        except (OSError, RuntimeError):
+        except BaseException as problem:  # also Ctrl-C: half a file would be taken for a damaged one
+            for f in set(raw.glob("*")) - before:
+                f.unlink()
             for f in made:
                 if f.is_dir() and not any(f.iterdir()):
                     f.rmdir()
-            return None
+            if isinstance(problem, (OSError, RuntimeError, http.client.HTTPException)):
+                return None
+            raise
         arrays = [read_idx(file) for file in files]
     for images, labels in (arrays[:2], arrays[2:]):
         if not len(labels) or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() >= CLASSES:

@@ -220,8 +220,9 @@ def best_bandwidth(sample, n, args):
 def one_gaussian(points, n):
     """n draws from the Gaussian with the mean and covariance of points (B, N, d)."""
     (B, N, d), mean = points.shape, points.mean(1, keepdim=True)
-    covariance = (points - mean).mT @ (points - mean) / N + 1e-6 * torch.eye(d, device=points.device)  # N may be below d
-    return mean + torch.randn(B, n, d, device=points.device) @ torch.linalg.cholesky(covariance).mT
+    centred = (points - mean).double()
+    covariance = centred.mT @ centred / N + 1e-6 * torch.eye(d, device=points.device)  # N may be below d
+    return mean + torch.randn(B, n, d, device=points.device) @ torch.linalg.cholesky(covariance).float().mT
 
 
 FLOOR, EXACT = "fresh samples (floor)", "exact field, same solver"  # rows that have seen no context

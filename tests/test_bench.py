@@ -157,8 +157,10 @@ WRONG = [  # flags, what the line must name
     ("--wide 9", "--wide"),
     ("--resume folder", "--resume"),
     ("--out here", "here exists"),
+    ("--out other.json", "other.png exists"),
+    ("--out /dev/null --overwrite", "/dev/null"),
     ("--out here/there.json", "here"),
-    ("--out folder --overwrite", "folder exists"),
+    ("--out folder --overwrite", "folder is not to be replaced"),
     ("--out=", "--out"),
     ("stray", "stray"),
 ]
@@ -167,6 +169,7 @@ WRONG = [  # flags, what the line must name
 @pytest.mark.parametrize("flags,culprit", WRONG, ids=[flags for flags, _ in WRONG])
 def test_wrong_use(flags, culprit, capsys):
     os.mkdir("folder")
-    with open("here", "w") as f:
-        f.write("mine")
+    for name in ("here", "other.png"):
+        with open(name, "w") as f:
+            f.write("mine")
     refused(capsys, culprit, "bench", flags, tiny=False)

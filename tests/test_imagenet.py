@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from math import erf
 from pathlib import Path
 
@@ -140,8 +142,18 @@ DAMAGE = {
     "fewer labels": lambda path: np.savez(path, **dict(np.load(path)) | {"y_test": np.zeros(2, np.int16)}),
     "another scale": lambda path: np.savez(path, **dict(np.load(path)) | {"scale": np.ones(5, np.float32)}),
     "negative labels": lambda path: np.savez(path, **dict(np.load(path)) | {"y_train": -dict(np.load(path))["y_train"]}),
+    "labels out of all proportion": lambda path: np.savez(path, **dict(np.load(path)) | {"y_test": 10**12 + dict(np.load(path))["y_test"].astype(np.int64)}),
+    "one number that is none": lambda path: spoil(path, "x_test"),
+    "widths that differ": lambda path: np.savez(path, **dict(np.load(path)) | {"x_test": np.load(path)["x_test"][:, :-1], "scale": np.ones(1, np.float32)}),
     "a folder": lambda path: [path.unlink(), path.mkdir()],
 }
+
+
+def spoil(path, name):
+    content = dict(np.load(path))
+    x = content[name] * content["scale"]
+    x[-1, 0] = np.nan
+    np.savez(path, **content | {name: x, "scale": np.ones(1, np.float32)})
 
 
 @pytest.mark.parametrize("name", ("tiny_imagenet", "cifar100"))
@@ -409,7 +421,8 @@ def test_images_that_cannot_be_decoded_are_named_counted_and_skipped(source, cap
     damaged = ["train/class0/1.png", "train/class2/0.png", "val/class3/1.png"]
     truncate(f"images/{damaged[0]}")
     Path("images", damaged[1]).write_bytes(b"")
-    Path("images", damaged[2]).write_text("<html>404</html>")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)  # of an image too large to be one
+    Path("images", damaged[2]).write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)))
     run_extraction("--batch 1")
     facts, printed = json.load(open(FOLDER / "features.json")), capsys.readouterr().out
     assert facts["skipped"] == {"train": damaged[:2], "test": damaged[2:]} and facts["count"] == {"train": 10, "test": 7}

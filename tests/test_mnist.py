@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import http.client
 import json
 import os
 import shutil
@@ -296,6 +297,27 @@ def test_mnist_that_cannot_be_had_is_refused_with_one_line(where, small_data, ca
     shutil.copytree(small_data, "one-missing")
     Path("one-missing/MNIST/raw", LABELS).unlink()
     refused(capsys, where, "mnist", f"--dataset mnist --data-dir {where}")
+
+
+@pytest.mark.parametrize("problem", (RuntimeError, http.client.InvalidURL, KeyboardInterrupt, SystemExit))
+def test_half_a_download_is_taken_back(problem, monkeypatch):
+    class MNIST:
+        def __init__(self, folder, download):
+            raw = Path(folder, "MNIST/raw")
+            raw.mkdir(parents=True, exist_ok=True)
+            (raw / f"{LABELS}.gz").write_bytes(b"half")
+            raise problem
+
+    monkeypatch.setattr(datasets, "MNIST", MNIST)
+    Path("new/MNIST/raw").mkdir(parents=True)
+    Path("new/MNIST/raw/mine").write_text("mine")
+    for folder in ("none/yet", "new"):
+        if issubclass(problem, Exception):
+            assert mnist.load_mnist("mnist", folder) is None
+        else:
+            with pytest.raises(problem):
+                mnist.load_mnist("mnist", folder)
+    assert not os.path.exists("none") and os.listdir("new/MNIST/raw") == ["mine"]
 
 
 # ---------------------------------------------------------------- drawn digits
