@@ -73,11 +73,11 @@ def read_args(program, doc, add_flags, out, argv):
     parser.add_argument("--overwrite", action="store_true", help="replace that file")
     args, args.more = parser.parse_known_args(argv)
     if wrong := [word for word in args.more if word.partition("=")[0] in ("--regime", "--eval", "--resume", "--iters")]:
-        common.fail(f"{wrong[0]}: {program} sets it itself" + (" (use --regimes)" if "--regime" in wrong[0] else ""))
+        common.fail(f"{wrong[0]}: {program} sets it by its own flags and arguments (see --help)")
     if args.out.endswith(".png"):
         common.fail(f"--out {args.out}: the report is a JSON file, and its plot, if there is one, lies beside it as .png")
     for path in filter(os.path.lexists, (args.out, os.path.splitext(args.out)[0] + ".png")):
-        if not os.path.isfile(path) or path == getattr(args, "file", None):  # a folder, a device, the checkpoint
+        if not os.path.isfile(path) or os.path.realpath(path) == os.path.realpath(getattr(args, "file", "")):  # a folder, a device, the checkpoint
             common.fail(f"--out {args.out}: {path} is not to be replaced: give another file")
         if not args.overwrite:
             common.fail(f"--out {args.out}: {path} exists: give another file, or --overwrite")

@@ -248,7 +248,8 @@ class Parametric(nn.Module):
             kernel = (phi @ phi.mT)[:, None] * prefix[..., None]  # (B, T, N, N): equations of the prefix; parts beyond it come out 0
             # solve_ex, which does not check: a system without a solution ends in a loss that is not finite, which the journal names.
             parts = torch.linalg.solve_ex(kernel + wanted[:, None, :, -1].exp().diag_embed(), parts)[0]
-        return (parts.mT.flatten(1, 2) @ phi).unflatten(1, (len(prefix), -1)).flatten(2).transpose(0, 1)
+        change = parts.mT.flatten(1, 2) @ phi  # (B, T Y, F): all prefixes in one product
+        return change.unflatten(1, (len(prefix), -1)).flatten(2).transpose(0, 1)
 
     def update(self, past, x, y, query_x, step=0):
         """h_phi of eq. 7: the last H states (B, P) and a mini-batch, after `step` others -> states after each prefix (T, B, P)."""

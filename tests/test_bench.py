@@ -153,7 +153,7 @@ WRONG = [  # flags, what the line must name
     ("--preset huge", "--preset"),
     ("--width 9", "--heads"),
     ("--scripts linreg mnist --noise 1", "--noise"),  # mnist has none
-    ("--scripts mnist --regime explicit", "--regimes"),
+    ("--scripts mnist --regime explicit", "--regime"),
     ("--wide 9", "--wide"),
     ("--resume folder", "--resume"),
     ("--out here", "here exists"),
