@@ -457,6 +457,7 @@ def fail(message, code=2):
 
 def run(main):
     """What a script does when it is started: what its own checks could not foresee ends in one line, too."""
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit its encoding
     try:
@@ -559,7 +560,6 @@ def parse_args(parser, presets, argv=None):
 
     args.checkpoint holds what --resume or --eval loaded, else None; args.description what the run is, for its files.
     """
-    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
     argv, script = sys.argv[1:] if argv is None else argv, parser.prog.removesuffix(".py")
     if RANK:
         join(argv)
@@ -840,7 +840,8 @@ class Journal:
             dist.destroy_process_group()
         for number, handler in previous.items():
             signal.signal(number, handler)
-        signal.signal(signal.SIGINT, lambda *_: fail(f"interrupted; training is saved: --resume {self.args.out} evaluates it", 130))
+        if previous[signal.SIGINT] is not signal.default_int_handler:  # which a notebook has, and keeps
+            signal.signal(signal.SIGINT, lambda *_: fail(f"interrupted; training is saved: --resume {self.args.out} evaluates it", 130))
         stop = stop or self.stop
         if stop:
             print(f"stopped after {self.iteration} of {self.args.iters} iterations; go on with --resume {self.args.out}")

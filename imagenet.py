@@ -550,6 +550,7 @@ def extract_split(folder, split, images, model, facts, args, bar):
 
 def extract(argv):
     """What --extract does."""
+    signal.signal(signal.SIGINT, lambda *_: common.fail("interrupted; finished shards are kept, and the same command goes on", 130))
     args = get_extraction_args(argv)
     source = open_source(args)
     model, preprocess = load_backbone(args)
@@ -603,10 +604,7 @@ def plot(out):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--extract" for word in argv):
-        try:
-            return extract(argv)
-        except KeyboardInterrupt:
-            common.fail("interrupted; finished shards are kept, and the same command goes on", 130)
+        return extract(argv)
     args = get_args(argv)
     if args.plot_only:
         return plot(args.plot_only)

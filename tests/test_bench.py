@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 import time
 from argparse import Namespace
 
@@ -18,14 +17,6 @@ from test_common import K, close, copied, make, task  # noqa: F401 (task is a fi
 from test_wrong_use import refused
 
 TOY = "--dim 4 --context 5 --queries 4 --tasks 4 --width 8 --depth 1 --heads 2 --steps 2 --device cpu"
-
-
-@pytest.fixture(autouse=True)
-def same_handler():
-    """Reading flags takes over Ctrl-C."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 def stock(model):

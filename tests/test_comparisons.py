@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 from argparse import Namespace
 
 import numpy as np
@@ -18,14 +17,6 @@ import mnist
 import race
 import sampler
 from test_wrong_use import refused
-
-
-@pytest.fixture(autouse=True)
-def same_handler():
-    """Reading flags takes over Ctrl-C."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 # ---------------------------------------------------------------- other optimizers as rivals

@@ -284,3 +284,10 @@ def test_a_learning_rate_beyond_reason_stops_the_run(capsys):
     assert "iteration" in stops(capsys, "--iters 20 --lr 1e30 --out run")
     kept = torch.load("run/checkpoint.pt", weights_only=True) if os.path.exists("run/checkpoint.pt") else {"model": {}}
     assert finite(kept)
+
+
+def test_a_notebook_keeps_its_own_ctrl_c(monkeypatch):
+    """main() is called there without `run`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    linreg.main([*TINY["linreg"].split(), "--out", "run"])
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
