@@ -149,7 +149,7 @@ def plot(rows, path):
         for color, marker, (label, row) in zip(colors, "osD", variants.items()):
             ax.errorbar(row["steps"][1:], row["mean"][1:], row["stderr"][1:], fmt=f"{marker}-", color=color, ms=4, lw=1.5, capsize=2, label=label)
         ax.axvline(next(iter(variants.values()))["trained"], color="0.7", lw=1, zorder=0)
-        ax.set_title(group, fontsize=10)
+        ax.set_title(group, fontsize=8.5)
         ax.set_ylabel(row["name"], fontsize=9)
         if row["name"] != "error %":
             ax.set_yscale("log")
@@ -161,7 +161,7 @@ def plot(rows, path):
         ax.grid(alpha=0.3, which="both")
     data = dict.fromkeys(row["data"] for variants in rows.values() for row in variants.values())
     fig.suptitle(f"error against mini-batches seen (trained on those left of the grey line): {'; '.join(data)}; seeds {', '.join(map(str, SEEDS))}", fontsize=11)
-    fig.tight_layout(rect=(0, 0, 1, 0.99))
+    fig.tight_layout(rect=(0, 0, 1, 0.985))
     fig.savefig(path, dpi=80)
 
 
