@@ -240,6 +240,8 @@ def main(argv=None):
     y_dim = 1 if script == "linreg" else s.CLASSES
     problem = Problem(predictor_on(s.basis, y_dim), s.basis(torch.zeros(args.dim)).numel() * y_dim, s.loss, metric)
     iterations, seconds = common.trained(args)
+    if not (wanted.baseline_seconds or seconds) and "maml" in wanted.baseline:
+        common.fail(f"{wanted.file} was not trained yet: say with --baseline-seconds how long maml may be")
     report = bench.header(wanted, args) | {
         "script": script, "args": args.description["args"], "data": data, "iterations": iterations,
         "train_seconds": round(seconds, 1), "batch": min(32, args.eval_tasks), "metric": unit,
