@@ -226,7 +226,7 @@ def product_speed(args, m, k, n):
 
 def whole_batches():
     """A context in which training draws no sizes."""
-    return mock.patch.object(common, "draw_size", lambda carry, N, shape, device="cpu": torch.full(shape, N, device=device))
+    return mock.patch.object(common, "draw_size", lambda N, shape, device="cpu": torch.full(shape, N, device=device))
 
 
 class FlopCounter(TorchDispatchMode):

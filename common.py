@@ -53,17 +53,17 @@ def refine(model, task):
     for step, (x, y) in enumerate(zip(task.context_x, task.context_y)):
         states = model.update(past, x, y, task.query_x, step)  # (T, B, ...)
         yield model.predict(states, task.query_x)
-        past = [state.detach() for state in past[1:] + [model.carry(states)]]
+        past = [state.detach() for state in [*past[1:], states[-1]]]  # what the whole mini-batch led to
 
 
-def draw_size(carry, N, shape, device="cpu"):
-    """Context sizes for training, one a step (or one a query): uniform in 1 ... N, or else the whole mini-batch.
+def draw_size(N, shape, device="cpu"):
+    """Context sizes for training, one a step (or one a query): half of them uniform in 1 ... N, the other half N.
 
-    In evaluation states come from whole mini-batches. A model that met only the poorer states of random prefixes trusts
-    them too little later on, so with carry "full" half of the draws are N.
+    In evaluation states come from whole mini-batches. A model that in training met only the poorer states of random
+    prefixes trusts them too little later on.
     """
     uniform = torch.randint(1, N + 1, shape, device=device)
-    return uniform if carry == "random" else torch.where(torch.rand(shape, device=device) < 0.5, N, uniform)
+    return torch.where(torch.rand(shape, device=device) < 0.5, N, uniform)
 
 
 # ---------------------------------------------------------------- the masked transformer
@@ -190,7 +190,7 @@ class Parametric(nn.Module):
     def __init__(self, args, x_dim, y_dim, loss, basis):
         super().__init__()
         self.loss, self.basis, self.y_dim = loss, basis, y_dim
-        self.history, self.causal, self.carried = args.history, args.mask == "causal", args.carry
+        self.history, self.causal = args.history, args.mask == "causal"
         self.span, self.solve, self.direct = args.decoder != "linear", args.decoder == "solve", args.update == "direct"
         D, P = args.width, basis(torch.zeros(x_dim)).shape[-1] * y_dim
         self.theta0 = nn.Parameter(torch.zeros(P))
@@ -254,7 +254,7 @@ class Parametric(nn.Module):
     def update(self, past, x, y, query_x, step=0):
         """h_phi of eq. 7: the last H states (B, P) and a mini-batch, after `step` others -> states after each prefix (T, B, P)."""
         if self.training and not self.causal:  # one random size a step for the whole batch (sec. 11.4)
-            n = int(draw_size(self.carried, x.shape[1], ()))
+            n = int(draw_size(x.shape[1], ()))
             x, y = x[:, :n], y[:, :n]
         phi = self.basis(x).detach()  # a trained basis learns from what is predicted, not from how it is updated
         residuals, tokens = [self.residuals(state, phi, y) for state in past], 0
@@ -280,14 +280,6 @@ class Parametric(nn.Module):
         if self.causal:  # at observation t: the state inferred from the first t observations (fig. 5)
             return self.decoder(h[:, H * S :] if self.training else h[:, -1:]).transpose(0, 1)
         return self.decoder(h[:, (H - 1) * S : H * S]).reshape(1, B, -1)  # at the current state's own tokens (fig. 7)
-
-    def carry(self, states):
-        """The state (B, P) handed to the next step, out of those after each prefix (T, B, P)."""
-        if self.carried == "full":
-            return states[-1]
-        T, B, _ = states.shape
-        prefix = own(torch.randint(T, (RANKS * B,), device=states.device))
-        return states[prefix, torch.arange(B, device=states.device)]
 
 
 class Explicit(Parametric):
@@ -333,7 +325,7 @@ class Implicit(nn.Module):
 
     def __init__(self, args, x_dim, y_dim, loss=None, basis=None):
         super().__init__()
-        self.history, self.causal, self.carried, self.kind = args.history, args.mask == "causal", args.carry, args.state
+        self.history, self.causal, self.kind = args.history, args.mask == "causal", args.state
         # Logits outgrow the one-hot labels that share their encoder: a query is shown --state-scale of them.
         self.adds, self.scale = args.update == "residual", args.state_scale
         D, S = args.width, (args.width if args.state == "latent" else y_dim)
@@ -363,10 +355,10 @@ class Implicit(nn.Module):
         visible, N = None, x.shape[1]
         if self.training and self.causal:  # each query sees a random prefix of its own (fig. 6)
             B, Q, _ = query_x.shape
-            size = own(draw_size(self.carried, N, (RANKS * B, Q, 1), x.device))
+            size = own(draw_size(N, (RANKS * B, Q, 1), x.device))
             visible = (torch.arange(N, device=x.device) < size)[:, None]  # (B, 1, Q, N)
         elif self.training:  # one random size a step for the whole batch (sec. 11.4)
-            n = int(draw_size(self.carried, N, ()))
+            n = int(draw_size(N, ()))
             x, y = x[:, :n], y[:, :n]
         return self.read(past, self.encode(x, y), query_x, visible, step)
 
@@ -380,9 +372,6 @@ class Implicit(nn.Module):
         h = self.transformer.read(tokens, memories, visible)
         new = h if self.kind == "latent" else self.decoder(h)
         return (past[-1] + new if self.adds else new)[None]
-
-    def carry(self, states):
-        return states[0]
 
 
 REGIMES = {"parametric": Parametric, "explicit": Explicit, "implicit": Implicit}
@@ -518,7 +507,6 @@ def make_parser(script, doc, eval_steps=False):
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
     add("--state-scale", type=number(float, 0), default=1.0, help="what an implicit query is shown of its state is times this; 0 hides it")
     add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
-    add("--carry", choices=("full", "random"), default="full", help="in training, hand over states of whole mini-batches (full) or of random prefixes (random)")
     add("--basis", choices=("linear", "fourier"), default="linear", help="what the explicit regime's trained basis functions of x start as")
     add("--hidden", type=count, default=64, help="how many of them (frequencies, of a cosine and a sine each); the latent has a weight for each and each number in y")
     add("--latent-tokens", type=count, default=1, help="tokens that the latent is spread over, with --decoder linear --mask none; they divide --hidden")

@@ -250,7 +250,7 @@ class LeafPredictor(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.history, self.carried, self.depth, D = args.history, args.carry, args.depth, args.width
+        self.history, self.depth, D = args.history, args.depth, args.width
         self.adds, self.scale = args.update == "residual", args.state_scale
         self.initial = nn.Parameter(torch.zeros(()))  # one for all nodes, which have no names
         self.cell = nn.Sequential(nn.Linear(5 + args.history, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
@@ -264,13 +264,10 @@ class LeafPredictor(nn.Module):
     def predict(self, states, alive):
         return states
 
-    def carry(self, states):
-        return states[0]
-
     def update(self, past, x, y, alive, step=0):
         """The last H states (B, d) and rows x (B, N, d) of the nodes alive (B, d), after `step` mini-batches -> the next states (1, B, d)."""
         if self.training:  # one random number of rows a step for the whole batch (sec. 11.4)
-            x = x[:, : int(common.draw_size(self.carried, x.shape[1], ()))]
+            x = x[:, : int(common.draw_size(x.shape[1], ()))]
         B, N, d = x.shape
         inputs = [x, *linear_residual(x, alive), *kernel_residual(x, alive), *(self.scale * state[:, None].expand_as(x) for state in past)]
         h = self.cell(torch.stack(inputs, -1)).transpose(1, 2).reshape(B * d, N, -1)

@@ -4,7 +4,7 @@ Runs whatever out/ablations does not hold yet (more than two hours on one core; 
 writes ablations.json and ablations.png beside this script. Groups that are named are run alone, and take the place of those
 in ablations.json. `--list` only prints the commands.
 
-A change is a few flags, or, for the README's exercises, an edit of the code, which is made in a copy under out/ablations.
+A change is a few flags, or an edit of the code, as in the README's exercises, which is made in a copy under out/ablations.
 """
 
 import argparse
@@ -26,8 +26,9 @@ SHORT = "linreg.py --dim 8 --context 15 --iters 500"
 LINREG = SHORT + " --clock none"
 MNIST = "mnist.py --dim 50 --iters 300"
 
-# The edits of the README's exercises: (file, what stands there, what is put in its place).
+# The edits: (file, what stands there, what is put in its place).
 EDITS = {
+    "random-sizes": [("common.py", "return torch.where(torch.rand(shape, device=device) < 0.5, N, uniform)", "return uniform")],
     "two-steps": [
         ("common.py", "past = [state.detach() for state in", "past = [state.detach() if step % 2 else state for state in"),
         ("linreg.py", ".backward()", ".backward(retain_graph=True)"),  # the second loss passes the first one's graph again
@@ -58,8 +59,8 @@ GROUPS = {
     "mask (parametric)": (LINREG, {"none": "", "causal": "--mask causal"}),
     "mask (explicit)": (LINREG + " --regime explicit", {"none": "", "causal": "--mask causal"}),
     "mask (implicit)": (LINREG + " --regime implicit", {"none": "", "causal": "--mask causal"}),
-    "state handed on in training (parametric)": (LINREG, {"full": "", "random": "--carry random"}),
-    "state handed on in training (implicit)": (LINREG + " --regime implicit", {"full": "", "random": "--carry random"}),
+    "sizes in training (parametric)": (LINREG, {"half are whole": "", "random": "random-sizes"}),
+    "sizes in training (implicit)": (LINREG + " --regime implicit", {"half are whole": "", "random": "random-sizes"}),
     "latent tokens (explicit, decoder linear)": (LINREG + " --regime explicit --decoder linear", {"1": "", "4": "--latent-tokens 4", "8": "--latent-tokens 8"}),
     "output (parametric, decoder linear)": (LINREG + " --decoder linear", {"a change": "", "the next state": "--update direct"}),
     "output (implicit)": (LINREG + " --regime implicit", {"a change": "", "the next state": "--update direct"}),
@@ -90,7 +91,7 @@ GROUPS = {
 
 
 def command(base, change, seed):
-    """-> what to run, and the folder that it writes to. `change` is flags, or the edits of an exercise."""
+    """-> what to run, and the folder that it writes to. `change` is flags, or the name of an edit."""
     words = [*base.split(), *(() if change in EDITS else change.split()), "--seed", str(seed)]
     name = "-".join([*words, change] if change in EDITS else words)
     return words, OUT / re.sub("-+", "-", name.replace(".py", ""))

@@ -30,7 +30,7 @@ def identity(x):
 
 def settings(**changes):
     args = argparse.Namespace(
-        history=1, mask="causal", carry="full", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0,
+        history=1, mask="causal", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0,
         width=8, depth=2, heads=2, basis="linear", hidden=6,
     )  # fmt: skip
     vars(args).update(changes)
@@ -117,7 +117,7 @@ def test_a_clock_tells_how_many_mini_batches_came_before(task, regime):
     for step, prediction in enumerate(refine(with_clock, task)):
         states = with_clock.update(past, task.context_x[step], task.context_y[step], task.query_x, step)
         close(prediction, with_clock.predict(states, task.query_x))
-        past = [past[1], with_clock.carry(states)]
+        past = [past[1], states[-1]]
 
     past, with_clock.clock.data = past_states(without, task), with_clock.clock.data / 4
     quarter = with_clock.update(past, x, y, task.query_x, 0)
@@ -125,9 +125,8 @@ def test_a_clock_tells_how_many_mini_batches_came_before(task, regime):
     close(quarter, with_clock.update(past, x, y, task.query_x, 3))
 
 
-@pytest.mark.parametrize("carry,whole", (("random", 1 / N), ("full", 1 / 2 + 1 / 2 / N)))
-def test_prefix_lengths_are_drawn_from_one_to_the_whole_context_for_each_query_and_task(task, carry, whole, monkeypatch):
-    model, seen = make("implicit", carry=carry).train(), []
+def test_half_of_the_prefixes_are_whole_and_each_query_and_task_draws_its_own(task, monkeypatch):
+    model, seen = make("implicit").train(), []
     monkeypatch.setattr(model.transformer, "read", lambda tokens, memories, visible: seen.append(visible) or tokens)
     for _ in range(300):
         model.update([model.initial_state(task.query_x)], task.context_x[0], task.context_y[0], task.query_x)
@@ -136,7 +135,7 @@ def test_prefix_lengths_are_drawn_from_one_to_the_whole_context_for_each_query_a
     lengths = visible.sum(-1).flatten(0, 2)
     assert bool((visible == (torch.arange(N) < visible.sum(-1, keepdim=True))).all()), "a prefix, not a subset"
     shares = torch.stack([(lengths == n).float().mean() for n in range(N + 1)])
-    expected = torch.tensor([0] + [(1 - whole) / (N - 1)] * (N - 1) + [whole])
+    expected = torch.tensor([0] + [1 / 2 / N] * (N - 1) + [1 / 2 + 1 / 2 / N])
     assert shares[0] == 0 and (shares - expected).abs().max() < 0.03
     assert (lengths[:, :1] != lengths).any(0)[1:].all(), "queries share a length"
 
@@ -528,11 +527,17 @@ def test_no_gradient_crosses_a_step(task, case):
     """The greedy loop's gradient is the sum of K gradients of one step, each from states that are plain numbers."""
     model = make(**case).train()
     torch.manual_seed(7)
-    states, carry = [model.initial_state(task.query_x)] * model.history, model.carry
-    model.carry = lambda s: states.append(carry(s)) or states[-1]
+    states, update = [model.initial_state(task.query_x)] * model.history, model.update
+
+    def recorded(*given):
+        new = update(*given)
+        states.append(new[-1])
+        return new
+
+    model.update = recorded
     for prediction in refine(model, task):
         squared_error(prediction, task.query_y).mean().backward()
-    greedy = gradients_of(model)
+    greedy, model.update = gradients_of(model), update
 
     torch.manual_seed(7)
     expected = [torch.zeros_like(g) for g in greedy]
@@ -591,8 +596,8 @@ def test_states_and_gradient_inputs_stay_in_float32_under_bfloat16(task, regime,
     model.transformer.dtype = torch.bfloat16
     inside, states, gradients = [], [], []
     model.transformer.blocks[0].mlp[0].register_forward_hook(lambda *call: inside.append(call[-1].dtype))
-    carry = model.carry
-    model.carry = lambda s: states.append(s.dtype) or carry(s)
+    predict = model.predict
+    model.predict = lambda s, x: states.append(s.dtype) or predict(s, x)
     if signal == "both":
         compute = model.gradients
         model.gradients = lambda *a: gradients.append(compute(*a)) or gradients[-1]
@@ -606,11 +611,19 @@ def test_states_and_gradient_inputs_stay_in_float32_under_bfloat16(task, regime,
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def test_a_random_prefix_may_be_carried_on_instead_of_the_full_one(task):
-    states = torch.arange(N)[:, None, None].expand(N, 1000, 2)
-    assert (make("parametric").carry(states) == N - 1).all()
-    drawn = make("parametric", carry="random").carry(states)
-    assert drawn.shape == (1000, 2) and (drawn[:, 0] == drawn[:, 1]).all() and set(drawn[:, 0].tolist()) == set(range(N))
+def test_the_state_handed_on_is_that_of_the_whole_mini_batch(task):
+    """Of the states after each prefix, under a causal mask; older ones move up."""
+    model, seen = make("parametric", history=2).train(), []
+
+    def update(past, x, y, query_x, step):
+        seen.append([float(state.detach()[0, 0]) for state in past])
+        prefix = 10.0 * step + torch.arange(N)
+        return prefix[:, None, None].expand(N, *past[0].shape)
+
+    model.update = update
+    list(refine(model, task))
+    last = N - 1
+    assert seen[1:] == [[seen[0][0], last], [last, 10 + last], [10 + last, 20 + last]]
 
 
 # ---------------------------------------------------------------- seeds, files, evaluation

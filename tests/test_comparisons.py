@@ -162,7 +162,6 @@ def test_a_vote_is_the_mean_of_one_step_answers():
         initial_state = lambda self, query_x: torch.zeros(*query_x.shape[:2], 3)
         update = lambda self, past, x, y, query_x, step: (past[-1] + y.mean(1, keepdim=True))[None]
         predict = lambda self, states, query_x: states
-        carry = lambda self, states: states[0]
 
     task = common.Task(torch.randn(4, 2, 5, 6), torch.randn(4, 2, 5, 3), torch.randn(2, 7, 6), None)
     means = task.context_y[:3].mean(2)[:, :, None].expand(3, 2, 7, 3)

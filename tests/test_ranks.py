@@ -17,11 +17,11 @@ from conftest import ROOT, TINY, call
 
 FLOW = "--eval-tasks 2 --points 8 --ode-steps 2 --steps 1 --context 6 --queries 5 --tasks 4 --width 8 --depth 1 --device cpu"
 RUNS = [
-    ("linreg", "--regime parametric --mask causal --carry random --signal both --history 2"),
+    ("linreg", "--regime parametric --mask causal --signal both --history 2"),
     ("linreg", "--regime explicit --decoder linear"),
     ("linreg", "--regime implicit --mask causal"),
     ("mnist", "--regime parametric"),
-    ("imagenet", "--regime implicit --mask causal --carry random"),
+    ("imagenet", "--regime implicit --mask causal"),
     ("toposort", "--eval-nodes 4 --eval-tasks 2"),
     ("mog_flow", FLOW),
 ]

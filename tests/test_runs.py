@@ -20,7 +20,7 @@ from conftest import ROOT, SCRIPTS, TINY, accepts, call
 # ---------------------------------------------------------------- stop, resume, evaluate, redraw
 
 
-TWENTY = "--iters 20 --regime parametric --mask causal --history 2 --carry random --signal both"  # all that could keep a hidden state
+TWENTY = "--iters 20 --regime parametric --mask causal --history 2 --signal both"  # all that could keep a hidden state
 
 
 def contents(folder):
@@ -55,7 +55,7 @@ def identical(a, b):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_twenty_iterations_equal_ten_an_interrupt_and_ten_more(script, monkeypatch, capsys):
     module = importlib.import_module(script)
-    twenty = TWENTY if accepts(script, TWENTY) else "--iters 20 --history 2 --carry random"
+    twenty = TWENTY if accepts(script, TWENTY) else "--iters 20 --history 2"
     monkeypatch.setattr(common.Journal, "every", 4)  # so that the interrupt falls between two rows of the log
     call(script, twenty, "--out straight")
     sample, calls = module.sample_tasks, []

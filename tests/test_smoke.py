@@ -19,7 +19,6 @@ PAIRS = [(regime, mask) for regime in ("parametric", "explicit", "implicit") for
 VARIANTS = [
     *(f"--regime {regime} --mask {mask}" for regime, mask in PAIRS),
     *(f"--regime {regime} --mask {mask} --signal {signal} --history 2" for regime, mask in PAIRS[:4] for signal in ("grad", "both")),
-    *(f"--regime {regime} --mask {mask} --carry random" for regime, mask in PAIRS),
     "--regime explicit --decoder linear --mask none --latent-tokens 2 --signal both",
     *(f"--regime {regime} --mask {mask} --decoder linear" for regime, mask in PAIRS[:4]),
     "--regime implicit --state latent --mask causal --history 2",
