@@ -468,6 +468,12 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see {self.prog} --help)")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):  # with the script's own defaults, where there are any
+        told = action.default is None or action.nargs == 0 or "default" in action.help
+        return action.help if told else f"{action.help} (default: %(default)s)"
+
+
 def number(kind, low, strict=False):
     """An argparse type: a finite number of at least (or, if strict, above) `low`."""
 
@@ -495,7 +501,7 @@ count = number(int, 1)
 
 def make_parser(script, doc, eval_steps=False):
     """The flags that all scripts share; a script adds its own and sets the defaults that are missing here."""
-    parser = Parser(prog=f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(prog=f"{script}.py", description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("the method").add_argument
     add("--regime", choices=REGIMES, help="what persists between steps: weights, a latent, or each query's prediction")
     add("--steps", type=count, help="K, refinement steps; each sees a fresh mini-batch")

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,6 +137,23 @@ def test_help_loads_nothing_heavy_and_says_the_same(program, monkeypatch, capsys
     with pytest.raises(SystemExit):
         importlib.import_module(os.path.basename(program).removesuffix(".py")).get_args(["--help"])
     assert capsys.readouterr().out == done.stdout and "--overwrite" in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_tells_the_defaults_of_the_script(script, monkeypatch, capsys):
+    module, before, checked = importlib.import_module(script), common.parse_args, []
+
+    def look(parser, *rest):
+        text = " ".join(parser.format_help().split())
+        for flag in ("regime", "steps", "width", "lr", "seed", "clock"):
+            checked.append(flag)
+            assert re.search(rf"--{flag} (?:(?! --).)*\(default: {re.escape(str(parser.get_default(flag)))}\)", text.partition("the method:")[2]), flag
+        assert "default: None" not in text and "default: False" not in text
+        return before(parser, *rest)
+
+    monkeypatch.setattr(common, "parse_args", look)
+    module.get_args(["--out=nowhere"])
+    assert len(checked) == 6
 
 
 def test_a_small_model_learns():
