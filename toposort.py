@@ -14,12 +14,11 @@ import os
 import common  # before torch: it answers --help by itself
 from common import Task, refine
 
-import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 MECHANISMS = ("lin", "rff")
+TRAINED_ON = {"both": MECHANISMS, "lin": ("lin",), "rff": ("rff",)}
 # sibling: width, depth, heads, 20 and 50 nodes (FiP, Cond-FiP). choice: the rest.
 PRESETS = {"paper": dict(nodes=20, eval_nodes=50, context=100, steps=5, tasks=32, width=256, depth=4, heads=8, iters=50_000, lr=3e-4)}
 OURS, RIVALS = "this model", ("vote, no state", "one step on all rows", "largest kernel R2", "smallest kernel R2")  # dear: shown at K
@@ -30,7 +29,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("causal graphs").add_argument
     add("--nodes", type=common.number(int, 3), default=8, help="nodes of the graphs that are trained on")
     add("--eval-nodes", type=common.number(int, 3), default=12, help="a second size to evaluate at")
-    add("--mechanism", choices=("both", *MECHANISMS), default="both", help="train on linear functions, on random Fourier features, or on both")
+    add("--mechanism", choices=TRAINED_ON, default="both", help="train on linear functions, on random Fourier features, or on both")
     parser.set_defaults(regime="implicit", steps=5, context=32, tasks=8, iters=4500, lr=3e-3, width=32, depth=2, eval_tasks=100)
     args = common.parse_args(parser, PRESETS, argv)
     if args.regime != "implicit":
@@ -58,50 +57,46 @@ def erdos_renyi(B, d, device):
     return (torch.rand(B, d, d, device=device) < (2 * edges / (d - 1)).clamp(max=0.99)).triu(1)
 
 
-def attach(B, d, device):
-    """Barabasi and Albert's growth: node t sends 1, 2 or 3 edges to earlier nodes, likelier to those that many point to."""
+def scale_free_in(B, d, device):
+    """Barabasi and Albert's growth: node t sends 1, 2 or 3 edges to earlier nodes, likelier to those that many point to.
+
+    A few nodes have many parents, and the only leaf is the oldest node.
+    """
     edges, graph = torch.randint(1, 4, (B, 1), device=device), torch.zeros(B, d, d, dtype=torch.bool, device=device)
     for t in range(1, d):
         rate = 1 + graph[:, :t, :t].sum(1)
         arrival = torch.empty(B, t, device=device).exponential_() / rate  # the first in a race: drawn without replacement
         graph[:, t, :t] = arrival.argsort(1).argsort(1) < edges
-    return graph
-
-
-def scale_free_in(B, d, device):
-    """A few nodes have many parents, and the only leaf is the oldest node."""
-    return attach(B, d, device).flip(1, 2)
+    return graph.flip(1, 2)
 
 
 def scale_free_out(B, d, device):
-    """A few nodes have many children, and most nodes are leaves."""
-    return attach(B, d, device).mT
+    """The same, with every edge turned round: a few nodes have many children, and most nodes are leaves."""
+    return scale_free_in(B, d, device).mT.flip(1, 2)
 
 
 def lattice(d, dim):
-    """The smallest torus of `dim` dimensions with at least d vertices -> their number, its edges (E, 2)."""
+    """The smallest torus of `dim` dimensions with V >= d vertices: who is next to whom (V, V)."""
     side = math.ceil(round(d ** (1 / dim), 6))
-    grid = np.arange(side**dim).reshape([side] * dim)
-    pairs = [np.stack([grid, np.roll(grid, -1, axis)], -1).reshape(-1, 2) for axis in range(dim)]
-    return side**dim, sorted({(min(a, b), max(a, b)) for a, b in np.concatenate(pairs).tolist() if a != b})
+    vertex = torch.arange(side**dim).view([side] * dim)
+    graph = torch.zeros(side**dim, side**dim, dtype=torch.bool)
+    for axis in range(dim):
+        graph[vertex, vertex.roll(-1, axis)] = True
+    return graph | graph.mT
 
 
 def watts_strogatz(B, d, device, rewire=0.3):
     """A torus of 2 or 3 dimensions; 30% of the edges get another end; vertices are deleted at random until d are left."""
     parts, flat = [], int((torch.rand(B) < 0.5).sum())
     for dim, size in ((2, flat), (3, B - flat)):
-        V, edges = lattice(d, dim)
-        graph, every = torch.zeros(size, V, V, dtype=torch.bool, device=device), torch.arange(size, device=device)
-        for a, b in edges:
-            graph[:, a, b] = graph[:, b, a] = True
-        for a, b in edges:
-            score = torch.rand(size, V, device=device).masked_fill(graph[:, a], -1)  # no double edges, and no loops
-            score[:, a] = -1
-            best, end = score.max(1)
+        torus, each = lattice(d, dim).to(device), torch.arange(size, device=device)
+        graph = (torus | torch.eye(len(torus), device=device).bool()).repeat(size, 1, 1)  # with loops, so that none is drawn below
+        for a, b in torus.triu(1).nonzero().tolist():
+            best, end = torch.rand(size, len(torus), device=device).masked_fill(graph[:, a], -1).max(1)  # no double edges
             end = torch.where((torch.rand(size, device=device) < rewire) & (best >= 0), end, b)
             graph[:, a, b] = graph[:, b, a] = False
-            graph[every, a, end] = graph[every, end, a] = True
-        kept = torch.rand(size, V, device=device).argsort(1)[:, :d].sort(1)[0]
+            graph[each, a, end] = graph[each, end, a] = True
+        kept = torch.rand(size, len(torus), device=device).argsort(1)[:, :d].sort(1)[0]
         parts.append(take(graph, kept))
     return torch.cat(parts).triu(1)
 
@@ -111,11 +106,9 @@ def stochastic_blocks(B, d, device, edges=2, damp=0.1):
     groups = (5 * torch.randint(1, 3, (B, 1), device=device)).clamp(max=d)
     cut = torch.rand(B, d, device=device).argsort(1).argsort(1) < groups - 1  # a new group begins here
     group = cut.cumsum(1).gather(1, torch.rand(B, d, device=device).argsort(1))
-    same = group[:, :, None] == group[:, None]
-    weight = torch.where(same, 1.0, damp)
-    total = weight.triu(1).sum((1, 2), keepdim=True)
-    p = (edges * d / total).clamp(max=0.99) * weight
-    return (torch.rand(B, d, d, device=device) < p).triu(1)
+    weight = torch.where(group[:, :, None] == group[:, None], 1.0, damp)
+    inside = edges * d / weight.triu(1).sum((1, 2), keepdim=True)  # the chance of a pair of one group
+    return (torch.rand(B, d, d, device=device) < inside.clamp(max=0.99) * weight).triu(1)
 
 
 # ---------------------------------------------------------------- the data: mechanisms and tasks
@@ -123,10 +116,6 @@ def stochastic_blocks(B, d, device, edges=2, damp=0.1):
 # sibling: families and ranges are those of the simulators of AVICI and causica, which other work on the same task uses too.
 FAMILIES = {"in": (erdos_renyi, scale_free_in, scale_free_out), "out": (watts_strogatz, stochastic_blocks)}
 WEIGHT, LENGTH, SCALE = ({"in": (1, 3), "out": (0.5, 4)}, {"in": (7, 10), "out": (5, 12)}, {"in": (10, 20), "out": (8, 22)})
-
-
-def uniform(low, high, *shape, device):
-    return low + (high - low) * torch.rand(*shape, dtype=torch.float64, device=device)
 
 
 def simulate(graph, mechanism, shift, n, features=100):
@@ -137,16 +126,20 @@ def simulate(graph, mechanism, shift, n, features=100):
     """
     (B, d, _), device = graph.shape, graph.device
     draw = dict(dtype=torch.float64, device=device)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(B, *shape, **draw)
+
     noise = torch.randn(B, n, d, **draw) if shift == "in" else torch.distributions.Laplace(torch.zeros((), **draw), 1.0).sample((B, n, d))
-    x = uniform(-3, 3, B, 1, d, device=device) + uniform(0.2, 2, B, 1, d, device=device) * noise
+    x = uniform(-3, 3, 1, d) + uniform(0.2, 2, 1, d) * noise
     if mechanism == "lin":
         sign = 2 * torch.randint(2, (B, d, d), device=device) - 1
-        weight = graph * sign * uniform(*WEIGHT[shift], B, d, d, device=device)
+        weight = graph * sign * uniform(*WEIGHT[shift], d, d)
         for j in range(1, d):
             x[..., j] += (x[..., :j] @ weight[:, :j, j, None])[..., 0]
         return x
-    length, scale = (uniform(*span[shift], B, d, 1, device=device) for span in (LENGTH, SCALE))
-    phase = uniform(0, 2 * math.pi, B, d, features, device=device)
+    length, scale = uniform(*LENGTH[shift], d, 1), uniform(*SCALE[shift], d, 1)
+    phase = uniform(0, 2 * math.pi, d, features)
     alpha = scale * (2 / features) ** 0.5 * torch.randn(B, d, features, **draw)
     angle = torch.empty(B, n, features, device=device)  # bounded, so that float32 will do: cosines are most of the work
     for j in range(1, d):  # what a root gets is a constant, which standardising removes
@@ -156,10 +149,14 @@ def simulate(graph, mechanism, shift, n, features=100):
     return x
 
 
+def columns(x, nodes):
+    """Columns nodes (B, m) of x (..., B, n, d) -> (..., B, n, m)."""
+    return x.gather(-1, nodes[:, None].expand(*x.shape[:-1], nodes.shape[1]))
+
+
 def take(graph, nodes):
     """The subgraph (B, m, m) of some nodes (B, m), in their order."""
-    B, m = nodes.shape
-    return graph.gather(1, nodes[:, :, None].expand(B, m, graph.shape[2])).gather(2, nodes[:, None].expand(B, m, m))
+    return columns(columns(graph, nodes).mT, nodes).mT
 
 
 def sample_data(B, n, d, shift, mechanisms, device):
@@ -169,7 +166,7 @@ def sample_data(B, n, d, shift, mechanisms, device):
     graph = graph[torch.randperm(len(graph), device=device)[:B]]
     x = torch.cat([simulate(part, mechanism, shift, n) for part, mechanism in zip(graph.tensor_split(len(mechanisms)), mechanisms)])
     order = torch.rand(B, d, device=device).argsort(1)  # or a model reads the answer off the columns
-    return x.gather(2, order[:, None].expand_as(x)), take(graph, order)
+    return columns(x, order), take(graph, order)
 
 
 def standardise(x):
@@ -188,20 +185,16 @@ def remove_leaves(graph, count):
     alive = torch.ones(graph.shape[:2], dtype=torch.bool, device=graph.device)
     for i in range(graph.shape[1] - 2):
         leaf = alive & leaves(graph & alive[:, None])
-        pick = torch.rand(leaf.shape, device=graph.device).masked_fill(~leaf, -1).argmax(1)
-        alive = alive & ~(F.one_hot(pick, graph.shape[1]).bool() & (i < count)[:, None])
+        pick = torch.rand(leaf.shape, device=graph.device).masked_fill(~leaf, -1).argmax(1, keepdim=True)
+        alive = alive.scatter(1, pick, i >= count[:, None])
     return alive
-
-
-def training_mechanisms(args):
-    return MECHANISMS if args.mechanism == "both" else (args.mechanism,)
 
 
 def sample_tasks(B, K, args):
     """B causal models, each at a random stage of its elimination. Queries are nodes: query_x says which are left, query_y
     which of these are leaves (both (B, d)); context_x (K, B, N, d) are rows, and context_y is empty.
     """
-    raw, graph = sample_data(B, K * args.context, args.nodes, "in", training_mechanisms(args), args.device)
+    raw, graph = sample_data(B, K * args.context, args.nodes, "in", TRAINED_ON[args.mechanism], args.device)
     alive = remove_leaves(graph, torch.randint(args.nodes - 1, (B,), device=args.device))
     rows = standardise(raw).unflatten(1, (K, -1)).transpose(0, 1)
     return Task(rows, rows[..., :0], alive, alive & leaves(graph & alive[:, None]))
@@ -333,11 +326,6 @@ def train(model, args):
 # ---------------------------------------------------------------- evaluation
 
 
-def columns(x, nodes):
-    """Columns nodes (B, m) of x (..., B, n, d) -> (..., B, n, m)."""
-    return x.gather(-1, nodes[:, None].expand(*x.shape[:-1], nodes.shape[1]))
-
-
 def infer(model, batches):
     """Leaf logits (B, m) after the mini-batches (k, B, N, m)."""
     alive = torch.ones(batches.shape[1], batches.shape[3], dtype=torch.bool, device=batches.device)
@@ -463,7 +451,7 @@ def evaluate(model, args):
 
 
 def data_name(args):
-    return f"causal graphs, {args.nodes} nodes, {' and '.join(m.upper() for m in training_mechanisms(args))}"
+    return f"causal graphs, {args.nodes} nodes, {' and '.join(m.upper() for m in TRAINED_ON[args.mechanism])}"
 
 
 # ---------------------------------------------------------------- plot
