@@ -8,8 +8,10 @@ over K mini-batches of `--context` rows. Removing the likeliest leaf and asking 
     python toposort.py --preset paper               # 20 nodes; tested on 20 and on 50; one GPU
 """
 
+import collections
 import math
 import os
+from functools import partial
 
 import common  # before torch: it answers --help by itself
 from common import Task, refine
@@ -21,7 +23,7 @@ MECHANISMS = ("lin", "rff")
 TRAINED_ON = {"both": MECHANISMS, "lin": ("lin",), "rff": ("rff",)}
 # sibling: width, depth, heads, 20 and 50 nodes (FiP, Cond-FiP). choice: the rest.
 PRESETS = {"paper": dict(nodes=20, eval_nodes=50, context=100, steps=5, tasks=32, width=256, depth=4, heads=8, iters=50_000, lr=3e-4)}
-OURS, RIVALS = "this model", ("vote, no state", "one step on all rows", "largest kernel R2", "smallest kernel R2")  # dear: shown at K
+OURS, DEAR = "this model", ("vote, no state", "one step on all rows", "largest kernel R2", "smallest kernel R2")  # the latter take long: shown at K
 
 
 def get_args(argv=None):
@@ -335,11 +337,11 @@ def infer(model, batches):
     return logits
 
 
-def roll_out(score, graph, luck, forced):
+def roll_out(score, graph, luck=None):
     """Removes the node of the largest score(nodes left (B, m)) -> (B, m) until one is left.
 
-    The stage error is 1 where that node is no leaf of the graph that is left. Where `forced` (B,), a random true leaf is then
-    removed in its place (drawn by `luck` (B, d, d)). -> mean error over the d - 1 stages (B,), the order (B, d), sources first
+    The stage error is 1 where that node is no leaf of the graph that is left. Given luck (B, d, d), a random true leaf, drawn
+    by it, is then removed in its place. -> mean error over the d - 1 stages (B,), the order (B, d), sources first
     """
     B, d, _ = graph.shape
     nodes, wrong, removed = torch.arange(d, device=graph.device).expand(B, d), 0.0, []
@@ -347,9 +349,9 @@ def roll_out(score, graph, luck, forced):
         leaf = leaves(take(graph, nodes))
         pick = score(nodes).argmax(1, keepdim=True)
         right = leaf.gather(1, pick)
-        other = luck[:, m - 1, :m].masked_fill(~leaf, -1).argmax(1, keepdim=True)
-        pick = torch.where(forced[:, None] & ~right, other, pick)
         wrong = wrong + (~right[:, 0]).double() / (d - 1)
+        if luck is not None:
+            pick = torch.where(right, pick, luck[:, m - 1, :m].masked_fill(~leaf, -1).argmax(1, keepdim=True))
         removed.append(nodes.gather(1, pick))
         nodes = nodes[torch.ones_like(leaf).scatter(1, pick, False)].view(B, m - 1)
     return wrong, torch.cat([nodes, *removed[::-1]], 1)
@@ -361,42 +363,38 @@ def violated(graph, order):
     return (graph & (place[:, :, None] > place[:, None])).sum((1, 2)) / graph.sum((1, 2)).clamp(min=1).double()
 
 
-def topological(graph):
-    """A true order of each graph (B, d, d) -> (B, d)."""
-    return roll_out(lambda nodes: leaves(take(graph, nodes)).float(), graph, graph.float(), graph.new_zeros(len(graph)))[1]
+def unexplained(x):
+    """1 - R^2 of linear regression on the other columns: x (B, n, m) -> (B, m)."""
+    left = 1 / precision(x, torch.ones_like(x[:, 0], dtype=torch.bool), ridge=1e-9).diagonal(dim1=1, dim2=2)
+    return left / x.double().var(1, correction=0).clamp(min=1e-12)
+
+
+def kernel_unexplained(x):
+    """The log of the same for kernel regression, the mean over mini-batches: x (k, B, N, m) -> (B, m)."""
+    rows = x.flatten(0, 1)
+    _, log_size = kernel_residual(rows, torch.ones_like(rows[:, 0], dtype=torch.bool))
+    variance = rows.double().var(1, correction=0).clamp(min=1e-12)
+    return (2 * log_size[:, 0] - variance.log()).unflatten(0, x.shape[:2]).mean(0)
 
 
 def contenders(model, raw, batches, luck):
     """What is compared, on the same graphs and rows: name -> score(k, nodes (B, m)) -> (B, m), the largest of which is removed."""
 
-    def seen(k, nodes):
-        return columns(batches[:k].transpose(0, 1).flatten(1, 2), nodes)  # all rows so far (B, k N, m)
+    def seen(k, nodes):  # (k, B, N, m)
+        return columns(batches[:k], nodes)
 
-    def vote(k, nodes):
-        return sum(infer(model, columns(batch[None], nodes)).softmax(-1) for batch in batches[:k]) / k
-
-    def variance(rows):
-        return rows.double().var(1, correction=0).clamp(min=1e-12)
-
-    def unexplained(k, nodes):  # 1 - R^2
-        rows = seen(k, nodes)
-        left = 1 / precision(rows, torch.ones_like(nodes, dtype=torch.bool), ridge=1e-9).diagonal(dim1=1, dim2=2)
-        return left / variance(rows)
-
-    def kernel_unexplained(k, nodes):  # the mean log of it over mini-batches
-        each = columns(batches[:k], nodes).flatten(0, 1)
-        log_left = 2 * kernel_residual(each, torch.ones_like(each[:, 0], dtype=torch.bool))[1][:, 0]
-        return (log_left - variance(each).log()).view(k, *nodes.shape).mean(0)
+    def pooled(k, nodes):  # (B, k N, m)
+        return seen(k, nodes).transpose(0, 1).flatten(1, 2)
 
     return {
-        OURS: lambda k, nodes: infer(model, columns(batches[:k], nodes)),
-        "vote, no state": vote,
-        "one step on all rows": lambda k, nodes: torch.cat([infer(model, few[None]) for few in seen(k, nodes).split(8)]),  # in parts, for memory
+        OURS: lambda k, nodes: infer(model, seen(k, nodes)),
+        "vote, no state": lambda k, nodes: sum(infer(model, batch[None]).softmax(-1) for batch in seen(k, nodes)) / k,
+        "one step on all rows": lambda k, nodes: torch.cat([infer(model, few[None]) for few in pooled(k, nodes).split(8)]),  # in parts, for memory
         "random order": lambda k, nodes: luck[:, nodes.shape[1] - 1, : nodes.shape[1]],  # another one at every stage
-        "largest R2": lambda k, nodes: -unexplained(k, nodes),
-        "smallest R2": unexplained,
-        "largest kernel R2": lambda k, nodes: -kernel_unexplained(k, nodes),
-        "smallest kernel R2": kernel_unexplained,
+        "largest R2": lambda k, nodes: -unexplained(pooled(k, nodes)),
+        "smallest R2": lambda k, nodes: unexplained(pooled(k, nodes)),
+        "largest kernel R2": lambda k, nodes: -kernel_unexplained(seen(k, nodes)),
+        "smallest kernel R2": lambda k, nodes: kernel_unexplained(seen(k, nodes)),
         "largest raw variance": lambda k, nodes: raw.var(1).gather(1, nodes),
     }
 
@@ -408,35 +406,29 @@ def compare(model, args, mechanism, shift, nodes):
     Rows are standardised with those of all 2 K mini-batches, for every contender alike.
     """
     model.eval()
-    K, rows, example = args.steps, {}, {}
-    steps = [*range(K + 1), 2 * K]
+    K, rows, results = args.steps, collections.defaultdict(list), {}
+    every = [*range(1, K + 1), 2 * K]
+    steps = {OURS: [0, *every]} | dict.fromkeys(DEAR, [K])  # what is not named here: every
+    stream = 4 * nodes + 2 * MECHANISMS.index(mechanism) + list(FAMILIES).index(shift)
     for index, first in enumerate(range(0, args.eval_tasks, 32)):
-        stream = 4 * nodes + 2 * MECHANISMS.index(mechanism) + list(FAMILIES).index(shift)
         common.seed_all(common.EVALUATION, stream, index)  # always 32 graphs, then cut: they do not depend on --eval-tasks
         drawn = *sample_data(32, 2 * K * args.context, nodes, shift, [mechanism], args.device), torch.rand(32, nodes, nodes, device=args.device)
-        B = min(32, args.eval_tasks - first)
-        raw, graph, luck = (torch.cat(2 * [part[:B]]) for part in drawn)  # once with true leaves forced, once running free
-        forced = torch.arange(2 * B, device=args.device) < B
+        raw, graph, luck = (part[: args.eval_tasks - first] for part in drawn)
         batches = standardise(raw).unflatten(1, (2 * K, -1)).transpose(0, 1)  # (2K, B, N, d)
         for name, score in contenders(model, raw, batches, luck).items():
-            for k in steps if name == OURS else [K] if name in RIVALS else steps[1:]:
-                error, order = roll_out(lambda left: score(k, left), graph, luck, forced)
-                rows.setdefault(name, {}).setdefault(k, []).append(torch.stack([*error.view(2, B), violated(graph, order)[B:]]))
-                if name == OURS and first == 0:  # the first graph is drawn
-                    example[k] = order[B].tolist()
-        if first == 0:
-            edges, true_order = graph[0].nonzero().tolist(), topological(graph[:1])[0].tolist()
-
-    def summarize(row, **extra):
-        values = torch.stack([torch.cat(chunks, 1) for chunks in rows[row].values()], -1)  # (3, tasks, steps)
-        for key, part in zip(("free", "violated"), values[1:]):
-            full = common.summary([part])
-            extra[key] = {"mean": full["mean"], "stderr": full["stderr"]}
-        return common.summary([values[0]], list(rows[row]), **extra)
-
-    where = f"{mechanism.upper()} {shift}, {nodes} nodes"
-    metric = summarize(OURS, name="stage error", data=where, edges=edges, true_order=true_order, orders=list(example.values()))
-    return metric, {name: summarize(name) for name in rows if name != OURS}
+            scores = [partial(score, k) for k in steps.get(name, every)]
+            forced = [roll_out(score, graph, luck)[0] for score in scores]
+            free, orders = zip(*(roll_out(score, graph) for score in scores))
+            backward = [violated(graph, order) for order in orders]
+            rows[name].append(torch.stack([torch.stack(measure, -1) for measure in (forced, free, backward)]))  # (3, B, steps)
+            if name == OURS and first == 0:  # the first graph is drawn
+                _, true = roll_out(lambda left: leaves(take(graph, left)).float(), graph)
+                picture = dict(edges=graph[0].nonzero().tolist(), true_order=true[0].tolist(), orders=[order[0].tolist() for order in orders])
+    for name, chunks in rows.items():
+        forced, free, backward = (common.summary([values], steps.get(name, every)) for values in torch.cat(chunks, 1))  # of (tasks, steps)
+        extra = {key: {"mean": row["mean"], "stderr": row["stderr"]} for key, row in (("free", free), ("violated", backward))}
+        results[name] = forced | extra
+    return results.pop(OURS) | picture | {"name": "stage error", "data": f"{mechanism.upper()} {shift}, {nodes} nodes"}, results
 
 
 def evaluate(model, args):
