@@ -442,26 +442,24 @@ def evaluate(model, args):
     return metrics, baselines
 
 
-def data_name(args):
-    return f"causal graphs, {args.nodes} nodes, {' and '.join(m.upper() for m in TRAINED_ON[args.mechanism])}"
-
-
 # ---------------------------------------------------------------- plot
 
 
-def draw_order(ax, edges, order, title):
+def draw_order(ax, m, order, title):
     """A graph on a line in a given order: edges that point backwards are red and below the line."""
-    from matplotlib.patches import FancyArrowPatch
-
+    name = {node: i for i, node in enumerate(m["true_order"], 1)}  # their place in a true order
     place = {node: i for i, node in enumerate(order)}
-    for a, b in ((place[a], place[b]) for a, b in edges):
-        style = dict(color="0.45", lw=1) if a < b else dict(color="#D55E00", lw=1.6)
-        ax.add_patch(FancyArrowPatch((a, 0), (b, 0), connectionstyle="arc3,rad=-0.45", arrowstyle="-|>", mutation_scale=9, shrinkA=8, shrinkB=8, **style))
-    for node, i in place.items():
-        ax.text(i, 0, str(node), ha="center", va="center", fontsize=8, bbox=dict(boxstyle="circle,pad=0.25", fc="white", ec="0.3"))
-    span = len(order)
-    ax.set(xlim=(-0.7, span - 0.3), ylim=(-0.3 * span, 0.3 * span))
-    ax.set_title(title, fontsize=10)
+    wrong, d = 0, len(order)
+    for a, b in m["edges"]:
+        backwards = place[a] > place[b]
+        color = common.COLORS[1] if backwards else "0.45"
+        style = dict(arrowstyle="-|>", connectionstyle="arc3,rad=-0.45", color=color, shrinkA=8, shrinkB=8)
+        ax.annotate("", (place[b], 0), (place[a], 0), arrowprops=style)
+        wrong += backwards
+    for node in order:
+        ax.text(place[node], 0, name[node], ha="center", va="center", fontsize=8, bbox=dict(boxstyle="circle,pad=0.25", fc="white", ec="0.3"))
+    ax.set(xlim=(-0.7, d - 0.3), ylim=(-0.3 * d, 0.3 * d))
+    ax.set_title(f"{title}: {wrong} of {len(m['edges'])} edges wrong", fontsize=10)
     ax.axis("off")
 
 
@@ -470,16 +468,12 @@ def plot_orders(path, results):
     plt = common.pyplot()
     K, size = results["args"]["steps"], results["args"]["nodes"]
     panels = [m for split, m in results["metrics"].items() if split.endswith(f"_{size}")]
-    shown = list(dict.fromkeys((1, K)))
-    fig, axes = plt.subplots(len(panels), 1 + len(shown), figsize=(4.2 * (1 + len(shown)), 2.6 * len(panels)), squeeze=False)
+    shown = sorted({1, K})
+    fig, axes = plt.subplots(len(panels), 1 + len(shown), figsize=(4.2 * (1 + len(shown)), 2.6 * len(panels)))
     for m, row in zip(panels, axes):
-        rank = {node: i + 1 for i, node in enumerate(m["true_order"])}  # named by their place in a true order
-        edges = [(rank[a], rank[b]) for a, b in m["edges"]]
-        draw_order(row[0], edges, list(rank.values()), f"{m['data']}: a true order")
+        draw_order(row[0], m, m["true_order"], f"{m['data']}, a true order")
         for ax, k in zip(row[1:], shown):
-            order = [rank[node] for node in m["orders"][m["steps"].index(k)]]
-            wrong = sum(order.index(a) > order.index(b) for a, b in edges)
-            draw_order(ax, edges, order, f"after {k} step{'s' * (k > 1)}: {wrong} of {len(edges)} edges wrong")
+            draw_order(ax, m, m["orders"][k], f"after {k} step{'s' * (k > 1)}")
     fig.suptitle("the first evaluation graph of each kind; edges that the order turns round are red", fontsize=10)
     fig.tight_layout()
     common.save_figure(fig, path, dpi=100)
@@ -502,7 +496,8 @@ def main(argv=None):
     model = make_model(args)
     iterations, seconds = common.trained(args) if args.eval else train(model, args)
     metrics, baselines = evaluate(model, args)
-    common.write_results(args, model, data_name(args), iterations, seconds, metrics, baselines)
+    data = f"causal graphs, {args.nodes} nodes, {' and '.join(m.upper() for m in TRAINED_ON[args.mechanism])}"
+    common.write_results(args, model, data, iterations, seconds, metrics, baselines)
     plot(args.out)
 
 
