@@ -11,6 +11,7 @@ generates points. K is the number of mini-batches behind a velocity, not the num
 """
 
 import collections
+import itertools
 import math
 import os
 import zipfile
@@ -271,13 +272,12 @@ def evaluate(model, args):
 # ---------------------------------------------------------------- plot
 
 
-def scatter(ax, points, color, **style):
-    return ax.scatter(*points[:, :2].T, **(dict(s=4, color=color, lw=0) | style))
-
-
-def frame(ax, truth):
-    """A square around the true points (n, d), of which the first two coordinates are drawn."""
-    low, high = truth[:, :2].min(0), truth[:, :2].max(0)
+def draw_points(ax, truth, *layers):
+    """Layers [points (n, 2), colour] on a square around the true points (n, 2)."""
+    ax.clear()
+    for points, color in layers:
+        ax.scatter(*points.T, s=5, color=color, lw=0)
+    low, high = truth.min(0), truth.max(0)
     (x, y), half = (low + high) / 2, 0.6 * (high - low).max() + 0.1
     ax.set(xlim=(x - half, x + half), ylim=(y - half, y + half), xticks=[], yticks=[], aspect="equal")
 
@@ -285,20 +285,14 @@ def frame(ax, truth):
 def plot_grid(path, batches, generated, truth, K, title):
     """Tasks x {context, 1 step, K / 2, K, truth}; the truth is grey under all generated points."""
     plt = common.pyplot()
-    shown = sorted({1, (K + 1) // 2, K})
-    tasks, columns = min(6, len(truth)), len(shown) + 2
-    fig, axes = plt.subplots(tasks, columns, figsize=(1.9 * columns, 1.9 * tasks + 0.6), squeeze=False)
-    for i, row in enumerate(axes):
-        for later in batches[1:K, i]:
-            scatter(row[0], later, "#fbd0a0")
-        scatter(row[0], batches[0, i], "C1", s=6)
-        for ax, k in zip(row[1:], shown):
-            scatter(ax, truth[i], "0.85", s=6)
-            scatter(ax, generated[k, i], "C0")
-        scatter(row[-1], truth[i], "0.3")
-        for ax in row:
-            frame(ax, truth[i])
+    shown, tasks = sorted({1, (K + 1) // 2, K}), min(6, len(truth))
     names = [f"context: first\nmini-batch (of {K})", *(f"after {k} step{'s' * (k > 1)}" for k in shown), "truth"]
+    fig, axes = plt.subplots(tasks, len(names), figsize=(1.9 * len(names), 1.9 * tasks + 0.6), squeeze=False)
+    for i, row in enumerate(axes):
+        draw_points(row[0], truth[i], (batches[1:K, i].reshape(-1, 2), "#fbd0a0"), (batches[0, i], "C1"))
+        for ax, k in zip(row[1:], shown):
+            draw_points(ax, truth[i], (truth[i], "0.85"), (generated[k, i], "C0"))
+        draw_points(row[-1], truth[i], (truth[i], "0.3"))
     for ax, name in zip(axes[0], names):
         ax.set_title(name, fontsize=9)
     fig.suptitle(title, fontsize=10)
@@ -311,26 +305,18 @@ def plot_gif(path, batches, generated, truth, K, title):
     from PIL import Image
 
     plt = common.pyplot()
-    fig, axes = plt.subplots(2, 4, figsize=(8, 4.5))
-    tasks = list(zip(range(len(truth)), axes.flat))
-    for i, ax in tasks:
-        scatter(ax, truth[i], "0.88", s=5)
-        frame(ax, truth[i])
-    new = [scatter(ax, batches[0, i], "C1", s=14, marker="x", lw=0.9) for i, ax in tasks]
-    dots = [scatter(ax, generated[0, i], "C0") for i, ax in tasks]
-    heading = fig.suptitle(" ")
-    fig.tight_layout(rect=(0, 0, 1, 0.98))
+    fig, axes = plt.subplots(2, 4, figsize=(8, 4.5), subplot_kw=dict(xticks=[], yticks=[]))
+    fig.subplots_adjust(0.01, 0.01, 0.99, 0.92, 0.02, 0.02)
     images, pauses = [], {0: 700, 0.25: 80, 0.5: 80, 0.75: 80, 1: 1000}  # how far points have moved: shown for how many ms
-    for k in range(K):
-        for move in pauses:
-            seen = k + (move > 0)
-            heading.set_text(f"{title}: {seen} mini-batch{'es' * (seen != 1)} read")
-            for i, _ in tasks:
-                dots[i].set_offsets((1 - move) * generated[k, i, :, :2] + move * generated[k + 1, i, :, :2])
-                new[i].set_offsets(batches[k, i, :, :2])
-                new[i].set_visible(move < 1)
-            fig.canvas.draw()
-            images.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").quantize(32))
+    for k, move in itertools.product(range(K), pauses):
+        moved = (1 - move) * generated[k] + move * generated[k + 1]
+        context = batches[k] if move < 1 else batches[k, :, :0]
+        for ax, true, new, points in zip(axes.flat, truth, context, moved):
+            draw_points(ax, true, (true, "0.88"), (new, "C1"), (points, "C0"))
+        seen = k + (move > 0)
+        fig.suptitle(f"{title}: {seen} mini-batch{'es' * (seen != 1)} read")
+        fig.canvas.draw()
+        images.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").quantize(32))
     options = dict(save_all=True, append_images=images[1:], duration=[*pauses.values()] * K, loop=0)
     common.replace_file(path, lambda f: images[0].save(f, "GIF", **options))
     plt.close(fig)
@@ -339,17 +325,17 @@ def plot_gif(path, batches, generated, truth, K, title):
 def plot_excess(path, results):
     """W2 and W1 beyond the floor against the step: how far each row is from being as good as fresh points."""
     plt, colors = common.pyplot(), common.COLORS
-    panels = [(split, key) for split in results["metrics"] for key in ("excess", "w1_excess")]
+    panels = list(itertools.product(results["metrics"], (("excess", "W2"), ("w1_excess", "W1"))))
     fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.7))
-    for ax, (split, key) in zip(axes, panels):
+    for ax, (split, (key, distance)) in zip(axes, panels):
         m, beside = results["metrics"][split], results["baselines"][split]
-        ax.errorbar(m["steps"], m[key]["mean"], m[key]["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label="this model", zorder=3)
+        ax.errorbar(m["steps"], m[key]["mean"], m[key]["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label=OURS, zorder=3)
         for i, (name, b) in enumerate(beside.items(), 1):
             ax.plot(b["steps"], b[key]["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=colors[i], label=name)
         ax.axvline(results["args"]["steps"], color="0.7", lw=1, zorder=0)
         top = max(beside["one Gaussian"][key]["mean"] + m[key]["mean"][1:])  # step 0 has seen nothing and would dwarf the rest
         ax.set_title(f"{split}: {m['data']}", fontsize=9)
-        ax.set(xlabel="mini-batches seen", ylabel=f"{'W2' if key == 'excess' else 'W1'} beyond fresh samples", ylim=(-0.1 * top, 1.2 * top))
+        ax.set(xlabel="mini-batches seen", ylabel=f"{distance} beyond fresh samples", ylim=(-0.1 * top, 1.2 * top))
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
     fig.tight_layout()
@@ -363,7 +349,7 @@ def plot(out, script="mog_flow"):
     for split, m in results["metrics"].items():
         try:
             with np.load(os.path.join(out, f"points_{split}.npz")) as file:
-                points = [file[name] for name in ("batches", "generated", "truth")]
+                points = [file[name][..., :2] for name in ("batches", "generated", "truth")]  # of all dimensions, two are drawn
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.zlib.error):
             common.fail(f"{out}/points_{split}.npz is missing or damaged")
         plot_grid(os.path.join(out, f"grid_{split}.png"), *points, results["args"]["steps"], m["data"])
@@ -377,9 +363,10 @@ def plot(out, script="mog_flow"):
 def report(metrics, baselines, K):
     """The excess over the floor, row by row: W2 itself says little, since its floor depends on --points."""
     for split, m in metrics.items():
-        for name, row in [("this model", m), *baselines[split].items()]:
-            cells = [f"{row[key]['mean'][k]:+.3f} +- {row[key]['stderr'][k]:.3f}" for key in ("excess", "w1_excess") for k in map(row["steps"].index, (1, K))]
-            print(f"{split} beyond the floor, steps 1 and {K}: W2 {cells[0]}, {cells[1]}; W1 {cells[2]}, {cells[3]} | {name}")
+        for name, row in {OURS: m, **baselines[split]}.items():
+            at = [row["steps"].index(k) for k in (1, K)]
+            w2, w1 = (", ".join(f"{d['mean'][i]:+.3f} +- {d['stderr'][i]:.3f}" for i in at) for d in (row["excess"], row["w1_excess"]))
+            print(f"{split} beyond the floor, steps 1 and {K}: W2 {w2}; W1 {w1} | {name}")
 
 
 def main(argv=None):
