@@ -37,7 +37,7 @@ Density = collections.namedtuple("Density", "centres count std")
 def parse_flow_args(parser, presets, argv):
     """common.parse_args with the flags of flow matching, and without what the shared flags allow and a flow does not; for alphabets.py, too."""
     add = parser.add_argument_group("flow matching").add_argument
-    add("--solver", choices=("euler", "midpoint", "heun"), default="heun", help="fixed-step ODE solver; midpoint and heun read the field twice a step")
+    add("--solver", choices=("euler", "midpoint", "heun"), default="heun", help="fixed-step ODE solver; all but euler read the field twice a step")
     add("--ode-steps", type=common.count, default=8, help="steps of the solver from noise (t = 0) to data (t = 1)")
     add("--points", type=common.number(int, 2), default=256, help="generated and true points per task in W2 and W1, which depend on it")
     args = common.parse_args(parser, presets, argv)
@@ -256,10 +256,9 @@ def compare(model, args, split, data, sample, unit, stream):
     for name, chunks in rows.items():
         steps = [0, *every] if name in (OURS, FLOOR, EXACT) else every
         row = floor if name == FLOOR else torch.cat(chunks, 1)
-        values = torch.cat([row, row - floor]).expand(-1, -1, len(steps))
-        w2, w1, excess, w1_excess = (common.summary([part], steps) for part in values)
-        extra = {key: {"mean": full["mean"], "stderr": full["stderr"]} for key, full in dict(w1=w1, excess=excess, w1_excess=w1_excess).items()}
-        results[name] = w2 | extra
+        measures = torch.cat([row, row - floor]).expand(-1, -1, len(steps))  # W2, W1 and either beyond the floor
+        w2, *others = (common.summary([values], steps) for values in measures)
+        results[name] = w2 | {key: {"mean": row["mean"], "stderr": row["stderr"]} for key, row in zip(("w1", "excess", "w1_excess"), others)}
     return results.pop(OURS) | {"name": f"W2, {n} points", "data": data}, results
 
 

@@ -9,6 +9,7 @@ over K mini-batches of `--context` rows. Removing the likeliest leaf and asking 
 """
 
 import collections
+import itertools
 import math
 import os
 from functools import partial
@@ -23,7 +24,6 @@ MECHANISMS = ("lin", "rff")
 TRAINED_ON = {"both": MECHANISMS, "lin": ("lin",), "rff": ("rff",)}
 # sibling: width, depth, heads, 20 and 50 nodes (FiP, Cond-FiP). choice: the rest.
 PRESETS = {"paper": dict(nodes=20, eval_nodes=50, context=100, steps=5, tasks=32, width=256, depth=4, heads=8, iters=50_000, lr=3e-4)}
-OURS, DEAR = "this model", ("vote, no state", "one step on all rows", "largest kernel R2", "smallest kernel R2")  # the latter take long: shown at K
 
 
 def get_args(argv=None):
@@ -327,6 +327,9 @@ def train(model, args):
 
 # ---------------------------------------------------------------- evaluation
 
+OURS = "this model"
+DEAR = ("vote, no state", "one step on all rows", "largest kernel R2", "smallest kernel R2")  # they take long: at K only
+
 
 def infer(model, batches):
     """Leaf logits (B, m) after the mini-batches (k, B, N, m)."""
@@ -416,29 +419,27 @@ def compare(model, args, mechanism, shift, nodes):
         raw, graph, luck = (part[: args.eval_tasks - first] for part in drawn)
         batches = standardise(raw).unflatten(1, (2 * K, -1)).transpose(0, 1)  # (2K, B, N, d)
         for name, score in contenders(model, raw, batches, luck).items():
-            scores = [partial(score, k) for k in steps.get(name, every)]
-            forced = [roll_out(score, graph, luck)[0] for score in scores]
-            free, orders = zip(*(roll_out(score, graph) for score in scores))
+            choosers = [partial(score, k) for k in steps.get(name, every)]
+            forced = [roll_out(choose, graph, luck)[0] for choose in choosers]
+            free, orders = zip(*(roll_out(choose, graph) for choose in choosers))
             backward = [violated(graph, order) for order in orders]
             rows[name].append(torch.stack([torch.stack(measure, -1) for measure in (forced, free, backward)]))  # (3, B, steps)
             if name == OURS and first == 0:  # the first graph is drawn
                 _, true = roll_out(lambda left: leaves(take(graph, left)).float(), graph)
                 picture = dict(edges=graph[0].nonzero().tolist(), true_order=true[0].tolist(), orders=[order[0].tolist() for order in orders])
     for name, chunks in rows.items():
-        forced, free, backward = (common.summary([values], steps.get(name, every)) for values in torch.cat(chunks, 1))  # of (tasks, steps)
-        extra = {key: {"mean": row["mean"], "stderr": row["stderr"]} for key, row in (("free", free), ("violated", backward))}
-        results[name] = forced | extra
+        forced, *others = (common.summary([values], steps.get(name, every)) for values in torch.cat(chunks, 1))  # of (tasks, steps)
+        results[name] = forced | {key: {"mean": row["mean"], "stderr": row["stderr"]} for key, row in zip(("free", "violated"), others)}
     return results.pop(OURS) | picture | {"name": "stage error", "data": f"{mechanism.upper()} {shift}, {nodes} nodes"}, results
 
 
 def evaluate(model, args):
     """All of table 5's columns: both mechanisms, in and out of distribution, at the size trained on and at a larger one."""
     metrics, baselines = {}, {}
-    for nodes in dict.fromkeys((args.nodes, args.eval_nodes)):
-        for shift in FAMILIES:
-            for mechanism in MECHANISMS:
-                split = f"{mechanism}_{shift}_{nodes}"
-                metrics[split], baselines[split] = compare(model, args, mechanism, shift, nodes)
+    sizes = dict.fromkeys((args.nodes, args.eval_nodes))  # which may be the same
+    for nodes, shift, mechanism in itertools.product(sizes, FAMILIES, MECHANISMS):
+        split = f"{mechanism}_{shift}_{nodes}"
+        metrics[split], baselines[split] = compare(model, args, mechanism, shift, nodes)
     return metrics, baselines
 
 
