@@ -69,7 +69,7 @@ def make_sampler(letters, args):
         scale = 3 / UNIT * (low + (high - low) * torch.rand(B, device=args.device))
         cos, sin = scale * angle.cos(), scale * angle.sin()
         turn = torch.stack([cos, sin, -sin, cos], -1).view(B, 2, 2)
-        return Density(ink[index] @ turn, count[index], torch.full((B,), STD / UNIT, device=args.device))
+        return Density(ink[index] @ turn, count[index], torch.tensor(STD / UNIT))
 
     return sample_densities
 
@@ -93,8 +93,8 @@ def evaluate(model, args):
     """In distribution: new poses of the letters trained on. Out of distribution: the letters held out."""
     metrics, baselines = {}, {}
     for stream, (split, letters) in enumerate({"id": LETTERS, "ood": HELD_OUT}.items()):
-        metric, baselines[split] = mog_flow.compare(model, args, split, make_sampler(letters, args), UNIT, stream)
-        metrics[split] = metric | {"data": f"letters {letters}"}
+        sample = make_sampler(letters, args)
+        metrics[split], baselines[split] = mog_flow.compare(model, args, split, f"letters {letters}", sample, UNIT, stream)
     return metrics, baselines
 
 

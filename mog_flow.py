@@ -11,9 +11,11 @@ generates points. K is the number of mini-batches behind a velocity, not the num
 """
 
 import collections
+import itertools
 import math
 import os
 import zipfile
+from functools import partial
 
 import common  # before torch: it answers --help by itself
 from common import Task, refine
@@ -28,14 +30,14 @@ PRESETS = {"paper": dict(max_clusters=100, context=200, queries=256, tasks=128, 
 SPREAD, STD = 5.0, 0.3  # paper: of the means, and of a cluster
 UNIT = SPREAD  # models see points divided by this, so that data and the noise that flows start from are alike in size
 
-# What a task's points are drawn from: equal Gaussians around the first `count` (B,) of `centres` (B, C, d); std (B,).
+# What a task's points are drawn from: equal Gaussians around the first `count` (B,) of `centres` (B, C, d), of one `std`.
 Density = collections.namedtuple("Density", "centres count std")
 
 
 def parse_flow_args(parser, presets, argv):
     """common.parse_args with the flags of flow matching, and without what the shared flags allow and a flow does not; for alphabets.py, too."""
     add = parser.add_argument_group("flow matching").add_argument
-    add("--solver", choices=SOLVERS, default="heun", help="fixed-step ODE solver; midpoint and heun read the field twice a step")
+    add("--solver", choices=("euler", "midpoint", "heun"), default="heun", help="fixed-step ODE solver; all but euler read the field twice a step")
     add("--ode-steps", type=common.count, default=8, help="steps of the solver from noise (t = 0) to data (t = 1)")
     add("--points", type=common.number(int, 2), default=256, help="generated and true points per task in W2 and W1, which depend on it")
     args = common.parse_args(parser, presets, argv)
@@ -62,7 +64,7 @@ def sample_densities(B, args):
     """B mixtures, in the model's units. That all clusters of a mixture weigh the same is our choice."""
     centres = SPREAD / UNIT * torch.randn(B, args.max_clusters, args.dim, device=args.device)
     count = torch.randint(1, args.max_clusters + 1, (B,), device=args.device)
-    return Density(centres, count, torch.full((B,), STD / UNIT, device=args.device))
+    return Density(centres, count, torch.tensor(STD / UNIT))
 
 
 def draw(density, n):
@@ -70,7 +72,7 @@ def draw(density, n):
     centres, count, std = density
     index = (torch.rand(len(count), n, device=count.device) * count[:, None]).long()
     points = centres.gather(1, index[..., None].expand(-1, -1, centres.shape[-1]))
-    return points + std[:, None, None] * torch.randn_like(points)
+    return points + std * torch.randn_like(points)
 
 
 def path(x0, x1, t):
@@ -111,7 +113,7 @@ def loss(prediction, y):
 
 def exact_field(density, x, t):
     """E[x_1 - x_0 | x_t = x] of a mixture, which is what a perfect model infers: x (B, Q, d), t (B, Q, 1) -> (B, Q, d)."""
-    centres, count, std = density[0][:, None], density.count[:, None, None], density.std[:, None, None]
+    centres, count, std = density.centres[:, None], density.count[:, None, None], density.std
     variance = (1 - t) ** 2 + (t * std) ** 2  # of x_t within a cluster (B, Q, 1)
     offset = x[:, :, None] - t[..., None] * centres  # (B, Q, C, d)
     logits = -offset.square().sum(-1) / (2 * variance)
@@ -120,27 +122,17 @@ def exact_field(density, x, t):
     return (logits.softmax(-1)[..., None] * (centres + slope[..., None] * offset)).sum(2)
 
 
-def euler(field, x, t, h):
-    return x + h * field(x, t)
-
-
-def midpoint(field, x, t, h):
-    return x + h * field(x + h / 2 * field(x, t), t + h / 2)
-
-
-def heun(field, x, t, h):
-    v = field(x, t)
-    return x + h / 2 * (v + field(x + h * v, t + h))
-
-
-SOLVERS = {"euler": euler, "midpoint": midpoint, "heun": heun}
-
-
 def integrate(field, x, args):
-    """Follows field(x, t) from noise x (B, n, d) at t = 0 to t = 1."""
+    """Follows field(x, t) from noise x (B, n, d) at t = 0 to t = 1, by Euler's method or one of its two corrections of second order."""
+    h = 1 / args.ode_steps
     for i in range(args.ode_steps):
         t = torch.full_like(x[..., :1], i / args.ode_steps)
-        x = SOLVERS[args.solver](field, x, t, 1 / args.ode_steps)
+        v = field(x, t)
+        if args.solver == "midpoint":  # the velocity half a step ahead
+            v = field(x + h / 2 * v, t + h / 2)
+        elif args.solver == "heun":  # the mean of those at both ends of the step
+            v = (v + field(x + h * v, t + h)) / 2
+        x = x + h * v
     return x
 
 
@@ -192,17 +184,13 @@ def train(model, args, sample=sample_densities):
 
 # ---------------------------------------------------------------- evaluation
 
+OURS, FLOOR, EXACT = "this model", "fresh samples (floor)", "exact field, same solver"  # the latter two have seen no context
+
 
 def wasserstein(a, b, p):
     """Exact W_p between n and n points: ( min over pairings of the mean distance^p )^(1/p). a, b (B, n, d) -> (B,)."""
     costs = torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy() ** p
     return torch.tensor([cost[linear_sum_assignment(cost)].mean() ** (1 / p) for cost in costs])
-
-
-def kernels(points, std=0.0):
-    """The kernel density estimate from points (B, N, d); with std 0, the points themselves."""
-    B, N, _ = points.shape
-    return Density(points, torch.full((B,), N, device=points.device), torch.full((B,), std, device=points.device))
 
 
 def best_bandwidth(sample, n, args):
@@ -214,7 +202,13 @@ def best_bandwidth(sample, n, args):
     def likelihood(std):
         return float((-squares / (2 * std**2)).logsumexp(-1).mean()) - density.centres.shape[-1] * math.log(std)
 
-    return max((float(density.std[0]) * np.logspace(-0.5, 1.5, 13)).tolist(), key=likelihood)
+    return max((float(density.std) * np.logspace(-0.5, 1.5, 13)).tolist(), key=likelihood)
+
+
+def resample(points, n, std=0.0):
+    """n draws from the kernel density estimate of points (B, N, d); with std 0, from the points themselves."""
+    B, N, _ = points.shape
+    return draw(Density(points, torch.full((B,), N, device=points.device), std), n)
 
 
 def one_gaussian(points, n):
@@ -225,74 +219,64 @@ def one_gaussian(points, n):
     return mean + torch.randn(B, n, d, device=points.device) @ torch.linalg.cholesky(covariance).float().mT
 
 
-FLOOR, EXACT = "fresh samples (floor)", "exact field, same solver"  # rows that have seen no context
-
-
 @torch.no_grad()
-def compare(model, args, split, sample, unit, stream):
-    """W2 and W1 to the same true points, after 0 ... K, 1.5 K and 2 K fresh mini-batches, of the model and of what stands beside it.
+def compare(model, args, split, data, sample, unit, stream):
+    """W2 and W1 to the same true points after 0 ... K, 1.5 K and 2 K fresh mini-batches -> metric and baselines for results.json.
 
     The floor is the mean over four draws of as many fresh points; the excess over it is what counts, and is taken task by
-    task. Saves the points of the first tasks for the pictures. -> metric and baselines of this split for results.json
+    task. Saves the points of the first tasks for the pictures.
     """
     model.eval()
-    K, n, rows = args.steps, args.points, collections.defaultdict(list)
-    steps = sorted({*range(K + 1), 3 * K // 2, 2 * K})
-    bandwidth = [best_bandwidth(sample, k * args.context, args) for k in steps[1:]]
+    K, n, rows, results = args.steps, args.points, collections.defaultdict(list), {}
+    every = sorted({*range(1, K + 1), 3 * K // 2, 2 * K})
+    bandwidth = [best_bandwidth(sample, k * args.context, args) for k in every]
     for index, first in enumerate(range(0, args.eval_tasks, 32)):
         common.seed_all(common.EVALUATION, stream, index)  # always 32 tasks, then cut: they do not depend on --eval-tasks
-        density, cut = sample(32, args), min(32, args.eval_tasks - first)
-        batches = torch.stack([draw(density, args.context) for _ in range(2 * K)])[:, :cut]  # (2K, B, N, d)
+        density, cut = sample(32, args), args.eval_tasks - first
+        batches = torch.stack([draw(density, args.context)[:cut] for _ in range(2 * K)])  # (2K, B, N, d)
         truth, *fresh = (draw(density, n)[:cut] for _ in range(5))
-        density, noise = Density(*(field[:cut] for field in density)), torch.randn_like(truth)
-        seen = [batches[:k].transpose(0, 1).flatten(1, 2) for k in steps[1:]]  # (B, k N, d)
+        noise = torch.randn_like(truth)
+        seen = [batches[:k].transpose(0, 1).flatten(1, 2) for k in every]  # (B, k N, d)
+        exact = partial(exact_field, Density(density.centres[:cut], density.count[:cut], density.std))
         answers = {
-            "this model": [generate(model, batches[:k], noise, args) for k in steps],
+            OURS: [generate(model, batches[:k], noise, args) for k in [0, *every]],
             FLOOR: fresh,
-            EXACT: [integrate(lambda x, t: exact_field(density, x, t), noise, args)],
-            "kernel density": [draw(kernels(points, std), n) for points, std in zip(seen, bandwidth)],
-            "context resampled": [draw(kernels(points), n) for points in seen],
+            EXACT: [integrate(exact, noise, args)],
+            "kernel density": [resample(points, n, std) for points, std in zip(seen, bandwidth)],
+            "context resampled": [resample(points, n) for points in seen],
             "one Gaussian": [one_gaussian(points, n) for points in seen],
         }
-        for name, points in answers.items():  # (2, tasks, steps)
-            rows[name].append(unit * torch.stack([torch.stack([wasserstein(x, truth, p) for x in points], 1) for p in (2, 1)]))
+        for name, points in answers.items():
+            rows[name].append(unit * torch.stack([torch.stack([wasserstein(x, truth, p) for x in points], -1) for p in (2, 1)]))  # (2, B, steps)
         if first == 0:
-            pictures = dict(batches=batches, generated=torch.stack(answers["this model"]), truth=truth)
+            pictures = dict(batches=batches, generated=torch.stack(answers[OURS]), truth=truth)
             pictures = {name: unit * points[..., :8, :, :].cpu().numpy() for name, points in pictures.items()}
             common.replace_file(os.path.join(args.out, f"points_{split}.npz"), lambda f: np.savez_compressed(f, **pictures))
-    rows = {name: torch.cat(chunks, 1) for name, chunks in rows.items()}
-    floor = rows[FLOOR] = rows[FLOOR].mean(-1, keepdim=True)
-
-    def summarize(row, steps, **extra):
-        (w2, w1), (excess, w1_excess) = rows[row].expand(-1, -1, len(steps)), (rows[row] - floor).expand(-1, -1, len(steps))
-        for name, values in dict(w1=w1, excess=excess, w1_excess=w1_excess).items():
-            full = common.summary([values])
-            extra[name] = {"mean": full["mean"], "stderr": full["stderr"]}
-        return common.summary([w2], steps, **extra)
-
-    beside = {name: summarize(name, steps if name in (FLOOR, EXACT) else steps[1:]) for name in rows if name != "this model"}
-    return summarize("this model", steps, name=f"W2, {n} points"), beside
+    floor = torch.cat(rows[FLOOR], 1).mean(-1, keepdim=True)  # (2, tasks, 1)
+    for name, chunks in rows.items():
+        steps = [0, *every] if name in (OURS, FLOOR, EXACT) else every
+        row = floor if name == FLOOR else torch.cat(chunks, 1)
+        measures = torch.cat([row, row - floor]).expand(-1, -1, len(steps))  # W2, W1 and either beyond the floor
+        w2, *others = (common.summary([values], steps) for values in measures)
+        results[name] = w2 | {key: {"mean": row["mean"], "stderr": row["stderr"]} for key, row in zip(("w1", "excess", "w1_excess"), others)}
+    return results.pop(OURS) | {"name": f"W2, {n} points", "data": data}, results
 
 
 def evaluate(model, args):
-    metric, baselines = compare(model, args, "id", sample_densities, UNIT, stream=0)
-    return {"id": metric | {"data": data_name(args)}}, {"id": baselines}
-
-
-def data_name(args):
-    return f"mixtures of up to {args.max_clusters} Gaussians, dim {args.dim}"
+    data = f"mixtures of up to {args.max_clusters} Gaussians, dim {args.dim}"
+    metric, baselines = compare(model, args, "id", data, sample_densities, UNIT, stream=0)
+    return {"id": metric}, {"id": baselines}
 
 
 # ---------------------------------------------------------------- plot
 
 
-def scatter(ax, points, color, **style):
-    return ax.scatter(*points[:, :2].T, **(dict(s=4, color=color, lw=0) | style))
-
-
-def frame(ax, truth):
-    """A square around the true points (n, d), of which the first two coordinates are drawn."""
-    low, high = truth[:, :2].min(0), truth[:, :2].max(0)
+def draw_points(ax, truth, *layers):
+    """Layers [points (n, 2), colour] on a square around the true points (n, 2)."""
+    ax.clear()
+    for points, color in layers:
+        ax.scatter(*points.T, s=5, color=color, lw=0)
+    low, high = truth.min(0), truth.max(0)
     (x, y), half = (low + high) / 2, 0.6 * (high - low).max() + 0.1
     ax.set(xlim=(x - half, x + half), ylim=(y - half, y + half), xticks=[], yticks=[], aspect="equal")
 
@@ -300,20 +284,14 @@ def frame(ax, truth):
 def plot_grid(path, batches, generated, truth, K, title):
     """Tasks x {context, 1 step, K / 2, K, truth}; the truth is grey under all generated points."""
     plt = common.pyplot()
-    shown = sorted({1, (K + 1) // 2, K})
-    tasks, columns = min(6, len(truth)), len(shown) + 2
-    fig, axes = plt.subplots(tasks, columns, figsize=(1.9 * columns, 1.9 * tasks + 0.6), squeeze=False)
-    for i, row in enumerate(axes):
-        for later in batches[1:K, i]:
-            scatter(row[0], later, "#fbd0a0")
-        scatter(row[0], batches[0, i], "C1", s=6)
-        for ax, k in zip(row[1:], shown):
-            scatter(ax, truth[i], "0.85", s=6)
-            scatter(ax, generated[k, i], "C0")
-        scatter(row[-1], truth[i], "0.3")
-        for ax in row:
-            frame(ax, truth[i])
+    shown, tasks = sorted({1, (K + 1) // 2, K}), min(6, len(truth))
     names = [f"context: first\nmini-batch (of {K})", *(f"after {k} step{'s' * (k > 1)}" for k in shown), "truth"]
+    fig, axes = plt.subplots(tasks, len(names), figsize=(1.9 * len(names), 1.9 * tasks + 0.6), squeeze=False)
+    for i, row in enumerate(axes):
+        draw_points(row[0], truth[i], (batches[1:K, i].reshape(-1, 2), "#fbd0a0"), (batches[0, i], "C1"))
+        for ax, k in zip(row[1:], shown):
+            draw_points(ax, truth[i], (truth[i], "0.85"), (generated[k, i], "C0"))
+        draw_points(row[-1], truth[i], (truth[i], "0.3"))
     for ax, name in zip(axes[0], names):
         ax.set_title(name, fontsize=9)
     fig.suptitle(title, fontsize=10)
@@ -326,26 +304,18 @@ def plot_gif(path, batches, generated, truth, K, title):
     from PIL import Image
 
     plt = common.pyplot()
-    fig, axes = plt.subplots(2, 4, figsize=(8, 4.5))
-    tasks = list(zip(range(len(truth)), axes.flat))
-    for i, ax in tasks:
-        scatter(ax, truth[i], "0.88", s=5)
-        frame(ax, truth[i])
-    new = [scatter(ax, batches[0, i], "C1", s=14, marker="x", lw=0.9) for i, ax in tasks]
-    dots = [scatter(ax, generated[0, i], "C0") for i, ax in tasks]
-    heading = fig.suptitle(" ")
-    fig.tight_layout(rect=(0, 0, 1, 0.98))
+    fig, axes = plt.subplots(2, 4, figsize=(8, 4.5), subplot_kw=dict(xticks=[], yticks=[]))
+    fig.subplots_adjust(0.01, 0.01, 0.99, 0.92, 0.02, 0.02)
     images, pauses = [], {0: 700, 0.25: 80, 0.5: 80, 0.75: 80, 1: 1000}  # how far points have moved: shown for how many ms
-    for k in range(K):
-        for move in pauses:
-            seen = k + (move > 0)
-            heading.set_text(f"{title}: {seen} mini-batch{'es' * (seen != 1)} read")
-            for i, _ in tasks:
-                dots[i].set_offsets((1 - move) * generated[k, i, :, :2] + move * generated[k + 1, i, :, :2])
-                new[i].set_offsets(batches[k, i, :, :2])
-                new[i].set_visible(move < 1)
-            fig.canvas.draw()
-            images.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").quantize(32))
+    for k, move in itertools.product(range(K), pauses):
+        moved = (1 - move) * generated[k] + move * generated[k + 1]
+        context = batches[k] if move < 1 else batches[k, :, :0]
+        for ax, true, new, points in zip(axes.flat, truth, context, moved):
+            draw_points(ax, true, (true, "0.88"), (new, "C1"), (points, "C0"))
+        seen = k + (move > 0)
+        fig.suptitle(f"{title}: {seen} mini-batch{'es' * (seen != 1)} read")
+        fig.canvas.draw()
+        images.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").quantize(32))
     options = dict(save_all=True, append_images=images[1:], duration=[*pauses.values()] * K, loop=0)
     common.replace_file(path, lambda f: images[0].save(f, "GIF", **options))
     plt.close(fig)
@@ -354,17 +324,17 @@ def plot_gif(path, batches, generated, truth, K, title):
 def plot_excess(path, results):
     """W2 and W1 beyond the floor against the step: how far each row is from being as good as fresh points."""
     plt, colors = common.pyplot(), common.COLORS
-    panels = [(split, key) for split in results["metrics"] for key in ("excess", "w1_excess")]
+    panels = list(itertools.product(results["metrics"], (("excess", "W2"), ("w1_excess", "W1"))))
     fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.7))
-    for ax, (split, key) in zip(axes, panels):
+    for ax, (split, (key, distance)) in zip(axes, panels):
         m, beside = results["metrics"][split], results["baselines"][split]
-        ax.errorbar(m["steps"], m[key]["mean"], m[key]["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label="this model", zorder=3)
+        ax.errorbar(m["steps"], m[key]["mean"], m[key]["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label=OURS, zorder=3)
         for i, (name, b) in enumerate(beside.items(), 1):
             ax.plot(b["steps"], b[key]["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=colors[i], label=name)
         ax.axvline(results["args"]["steps"], color="0.7", lw=1, zorder=0)
         top = max(beside["one Gaussian"][key]["mean"] + m[key]["mean"][1:])  # step 0 has seen nothing and would dwarf the rest
         ax.set_title(f"{split}: {m['data']}", fontsize=9)
-        ax.set(xlabel="mini-batches seen", ylabel=f"{'W2' if key == 'excess' else 'W1'} beyond fresh samples", ylim=(-0.1 * top, 1.2 * top))
+        ax.set(xlabel="mini-batches seen", ylabel=f"{distance} beyond fresh samples", ylim=(-0.1 * top, 1.2 * top))
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
     fig.tight_layout()
@@ -378,7 +348,7 @@ def plot(out, script="mog_flow"):
     for split, m in results["metrics"].items():
         try:
             with np.load(os.path.join(out, f"points_{split}.npz")) as file:
-                points = [file[name] for name in ("batches", "generated", "truth")]
+                points = [file[name][..., :2] for name in ("batches", "generated", "truth")]  # of all dimensions, two are drawn
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.zlib.error):
             common.fail(f"{out}/points_{split}.npz is missing or damaged")
         plot_grid(os.path.join(out, f"grid_{split}.png"), *points, results["args"]["steps"], m["data"])
@@ -392,9 +362,10 @@ def plot(out, script="mog_flow"):
 def report(metrics, baselines, K):
     """The excess over the floor, row by row: W2 itself says little, since its floor depends on --points."""
     for split, m in metrics.items():
-        for name, row in [("this model", m), *baselines[split].items()]:
-            cells = [f"{row[key]['mean'][k]:+.3f} +- {row[key]['stderr'][k]:.3f}" for key in ("excess", "w1_excess") for k in map(row["steps"].index, (1, K))]
-            print(f"{split} beyond the floor, steps 1 and {K}: W2 {cells[0]}, {cells[1]}; W1 {cells[2]}, {cells[3]} | {name}")
+        for name, row in {OURS: m, **baselines[split]}.items():
+            at = [row["steps"].index(k) for k in (1, K)]
+            w2, w1 = (", ".join(f"{d['mean'][i]:+.3f} +- {d['stderr'][i]:.3f}" for i in at) for d in (row["excess"], row["w1_excess"]))
+            print(f"{split} beyond the floor, steps 1 and {K}: W2 {w2}; W1 {w1} | {name}")
 
 
 def main(argv=None):
@@ -404,7 +375,7 @@ def main(argv=None):
     model = make_model(args)
     iterations, seconds = common.trained(args) if args.eval else train(model, args)
     metrics, baselines = evaluate(model, args)
-    common.write_results(args, model, data_name(args), iterations, seconds, metrics, baselines)
+    common.write_results(args, model, metrics["id"]["data"], iterations, seconds, metrics, baselines)
     report(metrics, baselines, args.steps)
     plot(args.out)
 

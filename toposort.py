@@ -8,21 +8,22 @@ over K mini-batches of `--context` rows. Removing the likeliest leaf and asking 
     python toposort.py --preset paper               # 20 nodes; tested on 20 and on 50; one GPU
 """
 
+import collections
+import itertools
 import math
 import os
+from functools import partial
 
 import common  # before torch: it answers --help by itself
 from common import Task, refine
 
-import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 MECHANISMS = ("lin", "rff")
+TRAINED_ON = {"both": MECHANISMS, "lin": ("lin",), "rff": ("rff",)}
 # sibling: width, depth, heads, 20 and 50 nodes (FiP, Cond-FiP). choice: the rest.
 PRESETS = {"paper": dict(nodes=20, eval_nodes=50, context=100, steps=5, tasks=32, width=256, depth=4, heads=8, iters=50_000, lr=3e-4)}
-OURS, RIVALS = "this model", ("vote, no state", "one step on all rows", "largest kernel R2", "smallest kernel R2")  # dear: shown at K
 
 
 def get_args(argv=None):
@@ -30,7 +31,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("causal graphs").add_argument
     add("--nodes", type=common.number(int, 3), default=8, help="nodes of the graphs that are trained on")
     add("--eval-nodes", type=common.number(int, 3), default=12, help="a second size to evaluate at")
-    add("--mechanism", choices=("both", *MECHANISMS), default="both", help="train on linear functions, on random Fourier features, or on both")
+    add("--mechanism", choices=TRAINED_ON, default="both", help="train on linear functions, on random Fourier features, or on both")
     parser.set_defaults(regime="implicit", steps=5, context=32, tasks=8, iters=4500, lr=3e-3, width=32, depth=2, eval_tasks=100)
     args = common.parse_args(parser, PRESETS, argv)
     if args.regime != "implicit":
@@ -58,50 +59,46 @@ def erdos_renyi(B, d, device):
     return (torch.rand(B, d, d, device=device) < (2 * edges / (d - 1)).clamp(max=0.99)).triu(1)
 
 
-def attach(B, d, device):
-    """Barabasi and Albert's growth: node t sends 1, 2 or 3 edges to earlier nodes, likelier to those that many point to."""
+def scale_free_in(B, d, device):
+    """Barabasi and Albert's growth: node t sends 1, 2 or 3 edges to earlier nodes, likelier to those that many point to.
+
+    A few nodes have many parents, and the only leaf is the oldest node.
+    """
     edges, graph = torch.randint(1, 4, (B, 1), device=device), torch.zeros(B, d, d, dtype=torch.bool, device=device)
     for t in range(1, d):
         rate = 1 + graph[:, :t, :t].sum(1)
         arrival = torch.empty(B, t, device=device).exponential_() / rate  # the first in a race: drawn without replacement
         graph[:, t, :t] = arrival.argsort(1).argsort(1) < edges
-    return graph
-
-
-def scale_free_in(B, d, device):
-    """A few nodes have many parents, and the only leaf is the oldest node."""
-    return attach(B, d, device).flip(1, 2)
+    return graph.flip(1, 2)
 
 
 def scale_free_out(B, d, device):
-    """A few nodes have many children, and most nodes are leaves."""
-    return attach(B, d, device).mT
+    """The same, with every edge turned round: a few nodes have many children, and most nodes are leaves."""
+    return scale_free_in(B, d, device).mT.flip(1, 2)
 
 
 def lattice(d, dim):
-    """The smallest torus of `dim` dimensions with at least d vertices -> their number, its edges (E, 2)."""
+    """The smallest torus of `dim` dimensions with V >= d vertices: who is next to whom (V, V)."""
     side = math.ceil(round(d ** (1 / dim), 6))
-    grid = np.arange(side**dim).reshape([side] * dim)
-    pairs = [np.stack([grid, np.roll(grid, -1, axis)], -1).reshape(-1, 2) for axis in range(dim)]
-    return side**dim, sorted({(min(a, b), max(a, b)) for a, b in np.concatenate(pairs).tolist() if a != b})
+    vertex = torch.arange(side**dim).view([side] * dim)
+    graph = torch.zeros(side**dim, side**dim, dtype=torch.bool)
+    for axis in range(dim):
+        graph[vertex, vertex.roll(-1, axis)] = True
+    return graph | graph.mT
 
 
 def watts_strogatz(B, d, device, rewire=0.3):
     """A torus of 2 or 3 dimensions; 30% of the edges get another end; vertices are deleted at random until d are left."""
     parts, flat = [], int((torch.rand(B) < 0.5).sum())
     for dim, size in ((2, flat), (3, B - flat)):
-        V, edges = lattice(d, dim)
-        graph, every = torch.zeros(size, V, V, dtype=torch.bool, device=device), torch.arange(size, device=device)
-        for a, b in edges:
-            graph[:, a, b] = graph[:, b, a] = True
-        for a, b in edges:
-            score = torch.rand(size, V, device=device).masked_fill(graph[:, a], -1)  # no double edges, and no loops
-            score[:, a] = -1
-            best, end = score.max(1)
+        torus, each = lattice(d, dim).to(device), torch.arange(size, device=device)
+        graph = (torus | torch.eye(len(torus), device=device).bool()).repeat(size, 1, 1)  # with loops, so that none is drawn below
+        for a, b in torus.triu(1).nonzero().tolist():
+            best, end = torch.rand(size, len(torus), device=device).masked_fill(graph[:, a], -1).max(1)  # no double edges
             end = torch.where((torch.rand(size, device=device) < rewire) & (best >= 0), end, b)
             graph[:, a, b] = graph[:, b, a] = False
-            graph[every, a, end] = graph[every, end, a] = True
-        kept = torch.rand(size, V, device=device).argsort(1)[:, :d].sort(1)[0]
+            graph[each, a, end] = graph[each, end, a] = True
+        kept = torch.rand(size, len(torus), device=device).argsort(1)[:, :d].sort(1)[0]
         parts.append(take(graph, kept))
     return torch.cat(parts).triu(1)
 
@@ -111,11 +108,9 @@ def stochastic_blocks(B, d, device, edges=2, damp=0.1):
     groups = (5 * torch.randint(1, 3, (B, 1), device=device)).clamp(max=d)
     cut = torch.rand(B, d, device=device).argsort(1).argsort(1) < groups - 1  # a new group begins here
     group = cut.cumsum(1).gather(1, torch.rand(B, d, device=device).argsort(1))
-    same = group[:, :, None] == group[:, None]
-    weight = torch.where(same, 1.0, damp)
-    total = weight.triu(1).sum((1, 2), keepdim=True)
-    p = (edges * d / total).clamp(max=0.99) * weight
-    return (torch.rand(B, d, d, device=device) < p).triu(1)
+    weight = torch.where(group[:, :, None] == group[:, None], 1.0, damp)
+    inside = edges * d / weight.triu(1).sum((1, 2), keepdim=True)  # the chance of a pair of one group
+    return (torch.rand(B, d, d, device=device) < inside.clamp(max=0.99) * weight).triu(1)
 
 
 # ---------------------------------------------------------------- the data: mechanisms and tasks
@@ -123,10 +118,6 @@ def stochastic_blocks(B, d, device, edges=2, damp=0.1):
 # sibling: families and ranges are those of the simulators of AVICI and causica, which other work on the same task uses too.
 FAMILIES = {"in": (erdos_renyi, scale_free_in, scale_free_out), "out": (watts_strogatz, stochastic_blocks)}
 WEIGHT, LENGTH, SCALE = ({"in": (1, 3), "out": (0.5, 4)}, {"in": (7, 10), "out": (5, 12)}, {"in": (10, 20), "out": (8, 22)})
-
-
-def uniform(low, high, *shape, device):
-    return low + (high - low) * torch.rand(*shape, dtype=torch.float64, device=device)
 
 
 def simulate(graph, mechanism, shift, n, features=100):
@@ -137,16 +128,20 @@ def simulate(graph, mechanism, shift, n, features=100):
     """
     (B, d, _), device = graph.shape, graph.device
     draw = dict(dtype=torch.float64, device=device)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(B, *shape, **draw)
+
     noise = torch.randn(B, n, d, **draw) if shift == "in" else torch.distributions.Laplace(torch.zeros((), **draw), 1.0).sample((B, n, d))
-    x = uniform(-3, 3, B, 1, d, device=device) + uniform(0.2, 2, B, 1, d, device=device) * noise
+    x = uniform(-3, 3, 1, d) + uniform(0.2, 2, 1, d) * noise
     if mechanism == "lin":
         sign = 2 * torch.randint(2, (B, d, d), device=device) - 1
-        weight = graph * sign * uniform(*WEIGHT[shift], B, d, d, device=device)
+        weight = graph * sign * uniform(*WEIGHT[shift], d, d)
         for j in range(1, d):
             x[..., j] += (x[..., :j] @ weight[:, :j, j, None])[..., 0]
         return x
-    length, scale = (uniform(*span[shift], B, d, 1, device=device) for span in (LENGTH, SCALE))
-    phase = uniform(0, 2 * math.pi, B, d, features, device=device)
+    length, scale = uniform(*LENGTH[shift], d, 1), uniform(*SCALE[shift], d, 1)
+    phase = uniform(0, 2 * math.pi, d, features)
     alpha = scale * (2 / features) ** 0.5 * torch.randn(B, d, features, **draw)
     angle = torch.empty(B, n, features, device=device)  # bounded, so that float32 will do: cosines are most of the work
     for j in range(1, d):  # what a root gets is a constant, which standardising removes
@@ -156,10 +151,14 @@ def simulate(graph, mechanism, shift, n, features=100):
     return x
 
 
+def columns(x, nodes):
+    """Columns nodes (B, m) of x (..., B, n, d) -> (..., B, n, m)."""
+    return x.gather(-1, nodes[:, None].expand(*x.shape[:-1], nodes.shape[1]))
+
+
 def take(graph, nodes):
     """The subgraph (B, m, m) of some nodes (B, m), in their order."""
-    B, m = nodes.shape
-    return graph.gather(1, nodes[:, :, None].expand(B, m, graph.shape[2])).gather(2, nodes[:, None].expand(B, m, m))
+    return columns(columns(graph, nodes).mT, nodes).mT
 
 
 def sample_data(B, n, d, shift, mechanisms, device):
@@ -169,7 +168,7 @@ def sample_data(B, n, d, shift, mechanisms, device):
     graph = graph[torch.randperm(len(graph), device=device)[:B]]
     x = torch.cat([simulate(part, mechanism, shift, n) for part, mechanism in zip(graph.tensor_split(len(mechanisms)), mechanisms)])
     order = torch.rand(B, d, device=device).argsort(1)  # or a model reads the answer off the columns
-    return x.gather(2, order[:, None].expand_as(x)), take(graph, order)
+    return columns(x, order), take(graph, order)
 
 
 def standardise(x):
@@ -188,20 +187,16 @@ def remove_leaves(graph, count):
     alive = torch.ones(graph.shape[:2], dtype=torch.bool, device=graph.device)
     for i in range(graph.shape[1] - 2):
         leaf = alive & leaves(graph & alive[:, None])
-        pick = torch.rand(leaf.shape, device=graph.device).masked_fill(~leaf, -1).argmax(1)
-        alive = alive & ~(F.one_hot(pick, graph.shape[1]).bool() & (i < count)[:, None])
+        pick = torch.rand(leaf.shape, device=graph.device).masked_fill(~leaf, -1).argmax(1, keepdim=True)
+        alive = alive.scatter(1, pick, i >= count[:, None])
     return alive
-
-
-def training_mechanisms(args):
-    return MECHANISMS if args.mechanism == "both" else (args.mechanism,)
 
 
 def sample_tasks(B, K, args):
     """B causal models, each at a random stage of its elimination. Queries are nodes: query_x says which are left, query_y
     which of these are leaves (both (B, d)); context_x (K, B, N, d) are rows, and context_y is empty.
     """
-    raw, graph = sample_data(B, K * args.context, args.nodes, "in", training_mechanisms(args), args.device)
+    raw, graph = sample_data(B, K * args.context, args.nodes, "in", TRAINED_ON[args.mechanism], args.device)
     alive = remove_leaves(graph, torch.randint(args.nodes - 1, (B,), device=args.device))
     rows = standardise(raw).unflatten(1, (K, -1)).transpose(0, 1)
     return Task(rows, rows[..., :0], alive, alive & leaves(graph & alive[:, None]))
@@ -329,10 +324,8 @@ def train(model, args):
 
 # ---------------------------------------------------------------- evaluation
 
-
-def columns(x, nodes):
-    """Columns nodes (B, m) of x (..., B, n, d) -> (..., B, n, m)."""
-    return x.gather(-1, nodes[:, None].expand(*x.shape[:-1], nodes.shape[1]))
+OURS = "this model"
+DEAR = ("vote, no state", "one step on all rows", "largest kernel R2", "smallest kernel R2")  # they take long: at K only
 
 
 def infer(model, batches):
@@ -344,11 +337,11 @@ def infer(model, batches):
     return logits
 
 
-def roll_out(score, graph, luck, forced):
+def roll_out(score, graph, luck=None):
     """Removes the node of the largest score(nodes left (B, m)) -> (B, m) until one is left.
 
-    The stage error is 1 where that node is no leaf of the graph that is left. Where `forced` (B,), a random true leaf is then
-    removed in its place (drawn by `luck` (B, d, d)). -> mean error over the d - 1 stages (B,), the order (B, d), sources first
+    The stage error is 1 where that node is no leaf of the graph that is left. Given luck (B, d, d), a random true leaf, drawn
+    by it, is then removed in its place. -> mean error over the d - 1 stages (B,), the order (B, d), sources first
     """
     B, d, _ = graph.shape
     nodes, wrong, removed = torch.arange(d, device=graph.device).expand(B, d), 0.0, []
@@ -356,9 +349,9 @@ def roll_out(score, graph, luck, forced):
         leaf = leaves(take(graph, nodes))
         pick = score(nodes).argmax(1, keepdim=True)
         right = leaf.gather(1, pick)
-        other = luck[:, m - 1, :m].masked_fill(~leaf, -1).argmax(1, keepdim=True)
-        pick = torch.where(forced[:, None] & ~right, other, pick)
         wrong = wrong + (~right[:, 0]).double() / (d - 1)
+        if luck is not None:
+            pick = torch.where(right, pick, luck[:, m - 1, :m].masked_fill(~leaf, -1).argmax(1, keepdim=True))
         removed.append(nodes.gather(1, pick))
         nodes = nodes[torch.ones_like(leaf).scatter(1, pick, False)].view(B, m - 1)
     return wrong, torch.cat([nodes, *removed[::-1]], 1)
@@ -370,42 +363,38 @@ def violated(graph, order):
     return (graph & (place[:, :, None] > place[:, None])).sum((1, 2)) / graph.sum((1, 2)).clamp(min=1).double()
 
 
-def topological(graph):
-    """A true order of each graph (B, d, d) -> (B, d)."""
-    return roll_out(lambda nodes: leaves(take(graph, nodes)).float(), graph, graph.float(), graph.new_zeros(len(graph)))[1]
+def unexplained(x):
+    """1 - R^2 of linear regression on the other columns: x (B, n, m) -> (B, m)."""
+    left = 1 / precision(x, torch.ones_like(x[:, 0], dtype=torch.bool), ridge=1e-9).diagonal(dim1=1, dim2=2)
+    return left / x.double().var(1, correction=0).clamp(min=1e-12)
+
+
+def kernel_unexplained(x):
+    """The log of the same for kernel regression, the mean over mini-batches: x (k, B, N, m) -> (B, m)."""
+    rows = x.flatten(0, 1)
+    _, log_size = kernel_residual(rows, torch.ones_like(rows[:, 0], dtype=torch.bool))
+    variance = rows.double().var(1, correction=0).clamp(min=1e-12)
+    return (2 * log_size[:, 0] - variance.log()).unflatten(0, x.shape[:2]).mean(0)
 
 
 def contenders(model, raw, batches, luck):
     """What is compared, on the same graphs and rows: name -> score(k, nodes (B, m)) -> (B, m), the largest of which is removed."""
 
-    def seen(k, nodes):
-        return columns(batches[:k].transpose(0, 1).flatten(1, 2), nodes)  # all rows so far (B, k N, m)
+    def seen(k, nodes):  # (k, B, N, m)
+        return columns(batches[:k], nodes)
 
-    def vote(k, nodes):
-        return sum(infer(model, columns(batch[None], nodes)).softmax(-1) for batch in batches[:k]) / k
-
-    def variance(rows):
-        return rows.double().var(1, correction=0).clamp(min=1e-12)
-
-    def unexplained(k, nodes):  # 1 - R^2
-        rows = seen(k, nodes)
-        left = 1 / precision(rows, torch.ones_like(nodes, dtype=torch.bool), ridge=1e-9).diagonal(dim1=1, dim2=2)
-        return left / variance(rows)
-
-    def kernel_unexplained(k, nodes):  # the mean log of it over mini-batches
-        each = columns(batches[:k], nodes).flatten(0, 1)
-        log_left = 2 * kernel_residual(each, torch.ones_like(each[:, 0], dtype=torch.bool))[1][:, 0]
-        return (log_left - variance(each).log()).view(k, *nodes.shape).mean(0)
+    def pooled(k, nodes):  # (B, k N, m)
+        return seen(k, nodes).transpose(0, 1).flatten(1, 2)
 
     return {
-        OURS: lambda k, nodes: infer(model, columns(batches[:k], nodes)),
-        "vote, no state": vote,
-        "one step on all rows": lambda k, nodes: torch.cat([infer(model, few[None]) for few in seen(k, nodes).split(8)]),  # in parts, for memory
+        OURS: lambda k, nodes: infer(model, seen(k, nodes)),
+        "vote, no state": lambda k, nodes: sum(infer(model, batch[None]).softmax(-1) for batch in seen(k, nodes)) / k,
+        "one step on all rows": lambda k, nodes: torch.cat([infer(model, few[None]) for few in pooled(k, nodes).split(8)]),  # in parts, for memory
         "random order": lambda k, nodes: luck[:, nodes.shape[1] - 1, : nodes.shape[1]],  # another one at every stage
-        "largest R2": lambda k, nodes: -unexplained(k, nodes),
-        "smallest R2": unexplained,
-        "largest kernel R2": lambda k, nodes: -kernel_unexplained(k, nodes),
-        "smallest kernel R2": kernel_unexplained,
+        "largest R2": lambda k, nodes: -unexplained(pooled(k, nodes)),
+        "smallest R2": lambda k, nodes: unexplained(pooled(k, nodes)),
+        "largest kernel R2": lambda k, nodes: -kernel_unexplained(seen(k, nodes)),
+        "smallest kernel R2": lambda k, nodes: kernel_unexplained(seen(k, nodes)),
         "largest raw variance": lambda k, nodes: raw.var(1).gather(1, nodes),
     }
 
@@ -417,68 +406,58 @@ def compare(model, args, mechanism, shift, nodes):
     Rows are standardised with those of all 2 K mini-batches, for every contender alike.
     """
     model.eval()
-    K, rows, example = args.steps, {}, {}
-    steps = [*range(K + 1), 2 * K]
+    K, rows, results = args.steps, collections.defaultdict(list), {}
+    every = [*range(1, K + 1), 2 * K]
+    steps = {OURS: [0, *every]} | dict.fromkeys(DEAR, [K])  # what is not named here: every
+    stream = 4 * nodes + 2 * MECHANISMS.index(mechanism) + list(FAMILIES).index(shift)
     for index, first in enumerate(range(0, args.eval_tasks, 32)):
-        stream = 4 * nodes + 2 * MECHANISMS.index(mechanism) + list(FAMILIES).index(shift)
         common.seed_all(common.EVALUATION, stream, index)  # always 32 graphs, then cut: they do not depend on --eval-tasks
         drawn = *sample_data(32, 2 * K * args.context, nodes, shift, [mechanism], args.device), torch.rand(32, nodes, nodes, device=args.device)
-        B = min(32, args.eval_tasks - first)
-        raw, graph, luck = (torch.cat(2 * [part[:B]]) for part in drawn)  # once with true leaves forced, once running free
-        forced = torch.arange(2 * B, device=args.device) < B
+        raw, graph, luck = (part[: args.eval_tasks - first] for part in drawn)
         batches = standardise(raw).unflatten(1, (2 * K, -1)).transpose(0, 1)  # (2K, B, N, d)
         for name, score in contenders(model, raw, batches, luck).items():
-            for k in steps if name == OURS else [K] if name in RIVALS else steps[1:]:
-                error, order = roll_out(lambda left: score(k, left), graph, luck, forced)
-                rows.setdefault(name, {}).setdefault(k, []).append(torch.stack([*error.view(2, B), violated(graph, order)[B:]]))
-                if name == OURS and first == 0:  # the first graph is drawn
-                    example[k] = order[B].tolist()
-        if first == 0:
-            edges, true_order = graph[0].nonzero().tolist(), topological(graph[:1])[0].tolist()
-
-    def summarize(row, **extra):
-        values = torch.stack([torch.cat(chunks, 1) for chunks in rows[row].values()], -1)  # (3, tasks, steps)
-        for key, part in zip(("free", "violated"), values[1:]):
-            full = common.summary([part])
-            extra[key] = {"mean": full["mean"], "stderr": full["stderr"]}
-        return common.summary([values[0]], list(rows[row]), **extra)
-
-    where = f"{mechanism.upper()} {shift}, {nodes} nodes"
-    metric = summarize(OURS, name="stage error", data=where, edges=edges, true_order=true_order, orders=list(example.values()))
-    return metric, {name: summarize(name) for name in rows if name != OURS}
+            choosers = [partial(score, k) for k in steps.get(name, every)]
+            forced = [roll_out(choose, graph, luck)[0] for choose in choosers]
+            free, orders = zip(*(roll_out(choose, graph) for choose in choosers))
+            backward = [violated(graph, order) for order in orders]
+            rows[name].append(torch.stack([torch.stack(measure, -1) for measure in (forced, free, backward)]))  # (3, B, steps)
+            if name == OURS and first == 0:  # the first graph is drawn
+                _, true = roll_out(lambda left: leaves(take(graph, left)).float(), graph)
+                picture = dict(edges=graph[0].nonzero().tolist(), true_order=true[0].tolist(), orders=[order[0].tolist() for order in orders])
+    for name, chunks in rows.items():
+        forced, *others = (common.summary([values], steps.get(name, every)) for values in torch.cat(chunks, 1))  # of (tasks, steps)
+        results[name] = forced | {key: {"mean": row["mean"], "stderr": row["stderr"]} for key, row in zip(("free", "violated"), others)}
+    return results.pop(OURS) | picture | {"name": "stage error", "data": f"{mechanism.upper()} {shift}, {nodes} nodes"}, results
 
 
 def evaluate(model, args):
     """All of table 5's columns: both mechanisms, in and out of distribution, at the size trained on and at a larger one."""
     metrics, baselines = {}, {}
-    for nodes in dict.fromkeys((args.nodes, args.eval_nodes)):
-        for shift in FAMILIES:
-            for mechanism in MECHANISMS:
-                split = f"{mechanism}_{shift}_{nodes}"
-                metrics[split], baselines[split] = compare(model, args, mechanism, shift, nodes)
+    sizes = dict.fromkeys((args.nodes, args.eval_nodes))  # which may be the same
+    for nodes, shift, mechanism in itertools.product(sizes, FAMILIES, MECHANISMS):
+        split = f"{mechanism}_{shift}_{nodes}"
+        metrics[split], baselines[split] = compare(model, args, mechanism, shift, nodes)
     return metrics, baselines
-
-
-def data_name(args):
-    return f"causal graphs, {args.nodes} nodes, {' and '.join(m.upper() for m in training_mechanisms(args))}"
 
 
 # ---------------------------------------------------------------- plot
 
 
-def draw_order(ax, edges, order, title):
+def draw_order(ax, m, order, title):
     """A graph on a line in a given order: edges that point backwards are red and below the line."""
-    from matplotlib.patches import FancyArrowPatch
-
+    name = {node: i for i, node in enumerate(m["true_order"], 1)}  # their place in a true order
     place = {node: i for i, node in enumerate(order)}
-    for a, b in ((place[a], place[b]) for a, b in edges):
-        style = dict(color="0.45", lw=1) if a < b else dict(color="#D55E00", lw=1.6)
-        ax.add_patch(FancyArrowPatch((a, 0), (b, 0), connectionstyle="arc3,rad=-0.45", arrowstyle="-|>", mutation_scale=9, shrinkA=8, shrinkB=8, **style))
-    for node, i in place.items():
-        ax.text(i, 0, str(node), ha="center", va="center", fontsize=8, bbox=dict(boxstyle="circle,pad=0.25", fc="white", ec="0.3"))
-    span = len(order)
-    ax.set(xlim=(-0.7, span - 0.3), ylim=(-0.3 * span, 0.3 * span))
-    ax.set_title(title, fontsize=10)
+    wrong, d = 0, len(order)
+    for a, b in m["edges"]:
+        backwards = place[a] > place[b]
+        color = common.COLORS[1] if backwards else "0.45"
+        style = dict(arrowstyle="-|>", connectionstyle="arc3,rad=-0.45", color=color, shrinkA=8, shrinkB=8)
+        ax.annotate("", (place[b], 0), (place[a], 0), arrowprops=style)
+        wrong += backwards
+    for node in order:
+        ax.text(place[node], 0, name[node], ha="center", va="center", fontsize=8, bbox=dict(boxstyle="circle,pad=0.25", fc="white", ec="0.3"))
+    ax.set(xlim=(-0.7, d - 0.3), ylim=(-0.3 * d, 0.3 * d))
+    ax.set_title(f"{title}: {wrong} of {len(m['edges'])} edges wrong", fontsize=10)
     ax.axis("off")
 
 
@@ -487,16 +466,12 @@ def plot_orders(path, results):
     plt = common.pyplot()
     K, size = results["args"]["steps"], results["args"]["nodes"]
     panels = [m for split, m in results["metrics"].items() if split.endswith(f"_{size}")]
-    shown = list(dict.fromkeys((1, K)))
-    fig, axes = plt.subplots(len(panels), 1 + len(shown), figsize=(4.2 * (1 + len(shown)), 2.6 * len(panels)), squeeze=False)
+    shown = sorted({1, K})
+    fig, axes = plt.subplots(len(panels), 1 + len(shown), figsize=(4.2 * (1 + len(shown)), 2.6 * len(panels)))
     for m, row in zip(panels, axes):
-        rank = {node: i + 1 for i, node in enumerate(m["true_order"])}  # named by their place in a true order
-        edges = [(rank[a], rank[b]) for a, b in m["edges"]]
-        draw_order(row[0], edges, list(rank.values()), f"{m['data']}: a true order")
+        draw_order(row[0], m, m["true_order"], f"{m['data']}, a true order")
         for ax, k in zip(row[1:], shown):
-            order = [rank[node] for node in m["orders"][m["steps"].index(k)]]
-            wrong = sum(order.index(a) > order.index(b) for a, b in edges)
-            draw_order(ax, edges, order, f"after {k} step{'s' * (k > 1)}: {wrong} of {len(edges)} edges wrong")
+            draw_order(ax, m, m["orders"][k], f"after {k} step{'s' * (k > 1)}")
     fig.suptitle("the first evaluation graph of each kind; edges that the order turns round are red", fontsize=10)
     fig.tight_layout()
     common.save_figure(fig, path, dpi=100)
@@ -519,7 +494,8 @@ def main(argv=None):
     model = make_model(args)
     iterations, seconds = common.trained(args) if args.eval else train(model, args)
     metrics, baselines = evaluate(model, args)
-    common.write_results(args, model, data_name(args), iterations, seconds, metrics, baselines)
+    data = f"causal graphs, {args.nodes} nodes, {' and '.join(m.upper() for m in TRAINED_ON[args.mechanism])}"
+    common.write_results(args, model, data, iterations, seconds, metrics, baselines)
     plot(args.out)
 
 

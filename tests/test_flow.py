@@ -58,7 +58,7 @@ def test_mixtures_have_the_papers_sizes():
     density = mog_flow.sample_densities(4000, mog_args(max_clusters=3))
     assert sorted(density.count.unique().tolist()) == [1, 2, 3]
     assert abs(mog_flow.UNIT * density.centres.std() - 5) < 0.1
-    one = Density(density.centres[:1], torch.tensor([1]), density.std[:1])
+    one = Density(density.centres[:1], torch.tensor([1]), density.std)
     points = mog_flow.UNIT * (mog_flow.draw(one, 20_000) - density.centres[:1, :1])
     assert abs(points.std() - 0.3) < 0.01 and points.mean().abs() < 0.02
     two = Density(torch.tensor([[[0.0], [1.0], [2.0]]]), torch.tensor([2]), torch.tensor([0.0]))
