@@ -10,16 +10,15 @@ weights and data. Flags that are not its own go to the script. Writes a JSON fil
 import itertools
 import os
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from statistics import median
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import bench
 import common
-from bench import line
+import reports
 
-import numpy as np
 import torch
 
 KS = (1, 2, 4, 8, 16, 32)
@@ -27,10 +26,9 @@ FORMS = {"steps": "K steps", "vote": "vote of K", "one": "one step"}
 
 
 def get_args(argv=None):
-    def add_flags(add):
-        add("file", type=common.path, metavar="FILE", help="the checkpoint")
-
-    return bench.read_args("results/cost.py", __doc__, add_flags, "out/cost.json", argv)
+    parser = reports.make_parser("results/cost.py", __doc__)
+    parser.add_argument("file", type=common.path, metavar="FILE", help="the checkpoint")
+    return reports.parse_args(parser, argv)
 
 
 def split(task, form, k):
@@ -48,25 +46,24 @@ def solve(model, task, parts, classes):
 
 
 @torch.no_grad()
-def measure(model, sample, metric, classes, args, stream):
+def measure(trained):
     """-> for each form its ms and MB at every K, its error with standard error, and the slopes of log ms and log MB over the last three K."""
-    model.eval()
-    found = {form: {k: ([], [], []) for k in KS} for form in FORMS}  # ms and errors of every chunk, MB of the first
-    for task in common.evaluation_tasks(lambda B: sample(B, KS[-1]), args.eval_tasks, stream):
-        for k, form in itertools.product(KS, FORMS):
-            parts, (ms, errors, mb) = split(task, form, k), found[form][k]
-            if not mb:
-                mb.append(bench.peak_bytes(lambda: solve(model, task, parts, classes), args.device) / 1e6)  # and everything is warm
-            start = bench.now(args.device)
+    model, device, classes = trained.model, trained.args.device, trained.report["script"] == "mnist"
+    ms, errors, mb = defaultdict(list), defaultdict(list), {}  # by form and K: of every chunk of tasks; MB of the first
+    for task in trained.tasks(KS[-1]):
+        for form, k in itertools.product(FORMS, KS):
+            parts = split(task, form, k)
+            if (form, k) not in mb:
+                mb[form, k] = bench.peak_bytes(lambda: solve(model, task, parts, classes), device) / 1e6  # and everything is warm
+            start = bench.now(device)
             prediction = solve(model, task, parts, classes)
-            ms.append(1000 * (bench.now(args.device) - start))
-            errors.append(metric(prediction, task.query_y).mean(1))
+            ms[form, k].append(1000 * (bench.now(device) - start))
+            errors[form, k].append(trained.metric(prediction, task.query_y).mean(1))
     rows = {}
-    for form, by_k in found.items():
-        rows[form] = common.summary([torch.stack([torch.cat(errors) for _, errors, _ in by_k.values()], 1)], KS)
-        rows[form] |= {"ms": [median(ms) for ms, _, _ in by_k.values()], "MB": [mb for _, _, (mb,) in by_k.values()]}
-        for key in ("ms", "MB"):
-            rows[form][f"{key}^"] = round(float(np.polyfit(np.log(KS[-3:]), np.log(rows[form][key][-3:]), 1)[0]), 3) + 0.0
+    for form in FORMS:
+        row = common.summary([torch.stack([torch.cat(errors[form, k]) for k in KS], 1)], KS)
+        row |= {"ms": [median(ms[form, k]) for k in KS], "MB": [mb[form, k] for k in KS]}
+        rows[form] = row | {f"{key}^": bench.exponent(KS[-3:], row[key][-3:]) for key in ("ms", "MB")}
     return rows
 
 
@@ -94,16 +91,15 @@ def plot(report, path):
 
 def main(argv=None):
     wanted = get_args(argv)
-    script, args = bench.read_checkpoint(wanted)
-    data, model, _, sample = bench.load(script, args)
-    metric, unit, stream = bench.scoring(script, args)
-    note = f"one step on K x {args.context} observations is outside of training for K > 1: a step saw at most {args.context}, and there were {args.steps} steps"
-    report = bench.header(wanted, args) | {"script": script, "args": args.description["args"], "data": data, "metric": unit, "batch": min(32, args.eval_tasks), "note": note}
-    report |= measure(model, sample, metric, script == "mnist", args, stream)
-    print(note + "\n" + line("K", "", map(str, KS)))
+    trained = reports.read_checkpoint(wanted)
+    N, unit = trained.args.context, trained.report["metric"]
+    note = f"one step on K x {N} observations is outside of training for K > 1: a step saw at most {N}, and there were {trained.args.steps} steps"
+    report = trained.report | {"note": note} | measure(trained)
+    print(note + "\n" + bench.line("K", "", map(str, KS)))
     for form, name in FORMS.items():
-        for key, values in (("ms", "ms"), ("MB", "MB"), (unit, "mean")):
-            print(line(name, key, report[form][values]) + (f"   as K^{report[form][key + '^']:.2f} from K = {KS[-3]}" if key != unit else ""))
+        for key in ("ms", "MB"):
+            print(bench.line(name, key, report[form][key]) + f"   as K^{report[form][key + '^']:.2f} from K = {KS[-3]}")
+        print(bench.line(name, unit, report[form]["mean"]))
     common.write_json(wanted.out, report)
     plot(report, os.path.splitext(wanted.out)[0] + ".png")
 

@@ -13,8 +13,8 @@ from statistics import median
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import bench
 import common
+import reports
 import toposort
 
 import numpy as np
@@ -23,7 +23,10 @@ REPEATS, GRAPHS, NODES, ROWS = 7, 64, 8, 320
 
 
 def get_args(argv=None):
-    return bench.read_args("results/sampler.py", __doc__, lambda add: None, "out/sampler.json", argv)
+    args = reports.parse_args(reports.make_parser("results/sampler.py", __doc__), argv)
+    if args.more:
+        common.fail(f"{args.more[0]}: results/sampler.py has no such flag, what it measures is fixed")
+    return args
 
 
 def simulate_loop(graph, mechanism, shift, n, random):
@@ -62,9 +65,7 @@ def measure(mechanism):
 
 def main(argv=None):
     wanted = get_args(argv)
-    if wanted.more:
-        common.fail(f"{wanted.more[0]}: results/sampler.py has no such flag, what it measures is fixed")
-    report = bench.header(wanted, bench.read_flags("toposort", "--device=cpu")) | {"nodes": NODES, "rows": ROWS}
+    report = reports.header(wanted, reports.read_flags("toposort", "--device=cpu")) | {"nodes": NODES, "rows": ROWS}
     for mechanism in toposort.MECHANISMS:
         report[mechanism] = row = measure(mechanism)
         print(f"{mechanism}, {NODES} nodes, {ROWS} rows: {row['ms']:.3f} ms of processor a data set, plain numpy loop {row['loop']:.3f}: {row['ratio']:.1f} times faster")

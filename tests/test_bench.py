@@ -13,6 +13,7 @@ import torch
 import bench
 import common
 import mnist
+import reports
 from test_common import K, close, copied, make, task  # noqa: F401 (task is a fixture)
 from test_wrong_use import refused
 
@@ -52,7 +53,7 @@ def test_products_are_counted_as_by_hand():
     wanted = Namespace(scripts=["linreg"], regimes=["implicit"], more=flags)
     ((_, args),) = bench.get_jobs(wanted)
     D, L, n, q, tasks, steps, x = args.width, args.depth, args.context, args.queries, args.tasks, args.steps, args.dim
-    _, model, train, _ = bench.load("linreg", args)
+    _, model, train, _ = reports.load("linreg", args)
     args.iters = 3
     with bench.mock.patch.object(common, "Journal", bench.Clock), bench.whole_batches():
         counted = bench.count_flop(train, model, args)
@@ -65,7 +66,7 @@ def test_products_are_counted_as_by_hand():
 
 
 def test_memory_counts_what_lives_at_the_same_time():
-    def train(_):
+    def train(*_):
         for _ in range(3):  # one after the other
             torch.empty(500_000)
         return torch.empty(250_000), torch.empty(250_000)  # 2 MB together
@@ -96,11 +97,11 @@ def test_every_script_is_driven_by_its_own_training(script, drawn, monkeypatch):
     monkeypatch.setattr(mnist, "draw_glyphs", lambda characters, size, seed: (np.eye(28, dtype=np.uint8) * np.arange(20, 40)[:, None, None], np.arange(20) % 10))
     monkeypatch.setattr(common, "Journal", bench.Clock)
     ((_, args),) = bench.get_jobs(Namespace(scripts=[script], regimes=["implicit"], more=TOY.split()))
-    name, model, train, sample = bench.load(script, args)
+    name, model, train, sample = reports.load(script, args)
     assert drawn in name and sample(args.tasks, args.steps).context_x.shape[:3] == (2, 4, 5)
     args.steps, args.iters = 3, 2
     before = [p.clone() for p in model.parameters()]
-    last, seconds = train(model)
+    last, seconds = train(model, args)
     assert last == 1 and seconds > 0 and sample(args.tasks, args.steps).context_x.shape[:3] == (3, 4, 5)
     assert not all(torch.equal(p, q) for p, q in zip(before, model.parameters())) and os.listdir() == []
 
