@@ -5,7 +5,8 @@
     python bench.py --preset paper --device cuda --dtype bfloat16   # the paper's sizes, on a GPU
 
 A turn runs the script's own `train` for about half a second, on the same tasks as the other turns; all of it but the journal
-is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. The columns:
+is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. All mini-batches are seen
+whole, the most that a step may draw in training with --mask none: so every step is the same work. The columns:
 
     ms          one training step: sampling, K refinement steps forward and backward, clipping, AdamW; median of the turns
     sampling    the part of it that draws the tasks, measured alone
@@ -14,17 +15,14 @@ is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no 
     % peak      GFLOP/s, of the best of all turns of a square product in the same dtype, 2,048 wide on a CPU, 8,192 on a GPU
     % width     GFLOP/s, of the best of (observations of a refinement step, D) @ (D, 2 D), the MLP's shape, in the same dtype
     MB          peak of the tensors in a step: weights, gradients, AdamW's, tasks, activations; neither data set nor libraries
-    x stock     ms with nn.TransformerEncoder (context and queries as one sequence, under one joint boolean mask) / ms, turn by turn;
+    x stock     ms of nn.TransformerEncoder (context and queries as one sequence, under one joint boolean mask) / ms, turn by turn;
                 the median: how many times faster this code is
     x FLOP      products of stock / ours, for the same answers: this much of `x stock` is work that is not done
     x MB        MB of stock / ours
-    x sum       ms on whole mini-batches / the sum of a step's parts, each measured alone: linear layers, attention, norms, GELU, what the
-                regime does around them, sampling, AdamW; the rest is Python and small operations, and what shares the machine
+    x sum       ms / the sum of a step's parts, each measured alone: linear layers, attention, norms, GELU, what the regime does
+                around them, sampling, AdamW; the rest is Python and small operations, and what shares the machine
     K^          slope of log ms against log K for K = 1 ... 10: 1 is linear
     MB 10/1     MB with K = 10 over MB with K = 1
-
-With --mask none a training step draws how much of a mini-batch it sees; ms and GFLOP/s average over such draws (both sides
-have the same ones). Everything about memory and K is with whole mini-batches, the most that a step can draw.
 """
 
 import contextlib
@@ -48,9 +46,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-ALL = tuple(common.REGIMES)
-SCRIPTS = {"linreg": ALL, "mnist": ALL, "imagenet": ALL, "mog_flow": ("implicit",)}  # and their regimes
-FIXED = {"mnist": ["--dataset=glyphs"], "imagenet": ["--features=synthetic"], "linreg": ["--attention=softmax"]}  # no files; what the yardstick has
+# And the flags with which they need no files and have the yardstick's attention.
+SCRIPTS = {"linreg": ["--attention=softmax"], "mnist": ["--dataset=glyphs"], "imagenet": ["--features=synthetic"], "mog_flow": []}
 TURN, MOST = 0.5, 20  # a turn is this many seconds of steps, but at most so many steps
 KS = range(1, 11)
 
@@ -61,17 +58,17 @@ KS = range(1, 11)
 def get_args(argv=None):
     parser = reports.make_parser("bench.py", __doc__)
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="default: all")
-    parser.add_argument("--regimes", nargs="+", choices=ALL, default=ALL, help="default: all that a script has")
+    parser.add_argument("--regimes", nargs="+", choices=common.REGIMES, default=list(common.REGIMES), help="default: all that a script has")
     parser.add_argument("--repeats", type=common.count, default=5, help="turns")
     return reports.parse_args(parser, argv)
 
 
 def get_jobs(args):
     """-> (script, the script's own args), all of them checked before any work."""
-    pairs = [(script, regime) for script in args.scripts for regime in args.regimes if regime in SCRIPTS[script]]
+    pairs = [(script, regime) for script in args.scripts for regime in args.regimes if script != "mog_flow" or regime == "implicit"]
     if not pairs:
         common.fail(f"--regimes {' '.join(args.regimes)}: {' and '.join(args.scripts)} can only do implicit")
-    return [(script, reports.read_flags(script, *FIXED.get(script, []), *args.more, f"--regime={regime}")) for script, regime in pairs]
+    return [(script, reports.read_flags(script, *SCRIPTS[script], *args.more, f"--regime={regime}")) for script, regime in pairs]
 
 
 # ---------------------------------------------------------------- the yardstick
@@ -125,10 +122,6 @@ class Clock(common.Journal):
         self.seconds = (now(self.args.device) - start) / self.args.iters  # `train` returns it
 
 
-def changed(args, **new):
-    return Namespace(**vars(args) | new)
-
-
 def now(device):
     """Seconds, when all that the device was given is done."""
     if torch.device(device).type == "cuda":
@@ -174,13 +167,11 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-def count_flop(train, model, args):
-    """FLOP of the matrix products in a timed step, on average; attention as plain products, so that every kernel counts the same."""
+def count_flop(call):
+    """FLOP of the matrix products of a call; attention as plain products, so that every kernel counts the same."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
-        train(model, changed(args, iters=1))  # iteration 0 twice
-        first = counter.total / 2
-        train(model, args)  # iteration 0, then those that are timed
-    return (counter.total - 3 * first) / args.iters
+        call()
+    return counter.total
 
 
 def peak_bytes(call, device):
@@ -196,66 +187,52 @@ def peak_bytes(call, device):
     return max(itertools.accumulate(change for _, change in changes))
 
 
-def peak_memory(train, model, args):
-    """Peak MB of the tensors in two steps; the weights are there before and are added."""
-    with whole_batches():
-        peak = peak_bytes(lambda: train(model, changed(args, iters=1)), args.device)
-    return (peak + sum(p.numel() * p.element_size() for p in model.parameters())) / 1e6
+def peak_memory(steps, model, device):
+    """Peak MB of the tensors in a training step: `steps` takes some; the weights are there before and are added."""
+    return (peak_bytes(steps, device) + sum(p.numel() * p.element_size() for p in model.parameters())) / 1e6
 
 
-def record_parts(train, model, args):
-    """-> {part: its calls in two steps on whole mini-batches, each a function and its inputs}."""
+def record_parts(steps, model, device):
+    """-> {part: its calls in `steps`, each a function, its inputs and whether autocast was on}."""
     parts, inside = {}, []
-    device = torch.device(args.device).type
 
-    def record(part, owner, name):
-        call = getattr(owner, name)
-
+    def recorder(part, call):
         def recorded(*given):
             if inside:  # of a part already
                 return call(*given)
             inputs = [x.detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in given]
-            parts.setdefault(part, []).append((call, inputs, torch.is_autocast_enabled(device)))
+            parts.setdefault(part, []).append((call, inputs, torch.is_autocast_enabled(device.type)))
             inside.append(part)
             out = call(*given)
             inside.pop()
             return out
 
-        patches.enter_context(mock.patch.object(owner, name, recorded))
+        return recorded
 
+    kinds = {nn.Linear: "linear layers", nn.LayerNorm: "norms", nn.GELU: "GELU"}
+    places = [(kinds[type(module)], module, "forward") for module in model.modules() if type(module) in kinds]
+    places += [("attention", block, "attend") for block in model.transformer.blocks]
+    places += [("the regime", model, name) for name in ("predict", "gradients", "residuals", "pull_back") if hasattr(model, name)]
     with contextlib.ExitStack() as patches:
-        patches.enter_context(whole_batches())
-        kinds = {nn.Linear: "linear layers", nn.LayerNorm: "norms", nn.GELU: "GELU"}
-        for module in model.modules():
-            if type(module) in kinds:
-                record(kinds[type(module)], module, "forward")
-        for block in model.transformer.blocks:
-            record("attention", block, "attend")
-        for name in ("predict", "gradients", "residuals", "pull_back"):
-            if hasattr(model, name):
-                record("the regime", model, name)
-        train(model, changed(args, iters=1))  # and the one before the clock starts
+        for part, owner, name in places:
+            patches.enter_context(mock.patch.object(owner, name, recorder(part, getattr(owner, name))))
+        steps()
     return parts
 
 
-def measure_parts(train, model, sample, args):
-    """-> {part: milliseconds of a step}, each alone: its calls once more, forward and backward."""
-    alone = lambda call: median(milliseconds(call, 1, args.device) for _ in range(5))
+def measure_parts(two_steps, model, sample, args):
+    """-> {part: milliseconds of a step}, each alone: its calls in two steps once more, forward and backward."""
+    device, alone = torch.device(args.device), lambda call: median(milliseconds(call, 1, args.device) for _ in range(5))
 
     def replay(calls):
         for call, inputs, autocast in calls:
-            with torch.autocast(torch.device(args.device).type, model.transformer.dtype, enabled=autocast):
+            with torch.autocast(device.type, model.transformer.dtype, enabled=autocast):
                 out = call(*inputs)
             if out.requires_grad:
                 torch.autograd.backward(out, torch.ones_like(out))
 
-    def update():
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    found = {part: alone(lambda: replay(calls)) / 2 for part, calls in record_parts(train, model, args).items()}
-    optimizer = common.make_optimizer(model, args)
-    return found | {"AdamW": alone(update), "sampling": alone(lambda: sample(args.tasks, args.steps))}
+    found = {part: alone(lambda: replay(calls)) / 2 for part, calls in record_parts(two_steps, model, device).items()}
+    return found | {"AdamW": alone(common.make_optimizer(model, args).step), "sampling": alone(lambda: sample(args.tasks, args.steps))}
 
 
 def measure(script, args, repeats):
@@ -265,34 +242,29 @@ def measure(script, args, repeats):
     stock.transformer = Stock(args.width, args.depth, args.heads).to(args.device)
     stock.transformer.dtype = ours.transformer.dtype
 
-    def run(model, iters, K=args.steps):
-        return 1000 * train(model, changed(args, iters=iters, steps=K))[1]
+    def run(model, iters=1, K=args.steps):
+        """Milliseconds of a step; one more than `iters` are taken."""
+        return 1000 * train(model, Namespace(**vars(args) | {"steps": K, "iters": iters}))[1]
 
-    if args.compile:
-        run(ours, MOST)  # for all sizes that the turns will draw
-    iters = args.iters = min(MOST, max(2, round(1000 * TURN / run(ours, 1))))
-    turns, by_k = {key: [] for key in ("ms", "whole", "stock", "peak", "width")}, {k: [] for k in KS}
-    side = 8192 if "cuda" in args.device else 2048
+    iters = min(MOST, max(2, round(1000 * TURN / run(ours))))
+    turns, side = {key: [] for key in ("ms", "stock", "peak", "width", "by K")}, 8192 if "cuda" in args.device else 2048
     for _ in range(repeats):
         turns["ms"].append(run(ours, iters))
         turns["stock"].append(run(stock, iters))
         turns["peak"].append(product_speed(args, side, side, side))
         turns["width"].append(product_speed(args, args.tasks * args.context, args.width, 2 * args.width))
-        with whole_batches():
-            turns["whole"].append(run(ours, iters))
-            for k in KS:
-                by_k[k].append(run(ours, max(1, round(iters * args.steps / k / 3)), k))
-    flop, stock_flop = (count_flop(train, model, args) for model in (ours, stock))
-    mb, stock_mb = (peak_memory(train, model, args) for model in (ours, stock))
-    k_ms, k_mb = [median(by_k[k]) for k in KS], [peak_memory(train, ours, changed(args, steps=k)) for k in KS]
-    parts = measure_parts(train, ours, sample, args)
+        turns["by K"].append([run(ours, max(1, round(iters * args.steps / k / 3)), k) for k in KS])
+    flop, stock_flop = (count_flop(lambda: run(model)) / 2 for model in (ours, stock))
+    mb, stock_mb = (peak_memory(lambda: run(model), model, args.device) for model in (ours, stock))
+    parts = measure_parts(lambda: run(ours), ours, sample, args)
+    k_ms, k_mb = [median(times) for times in zip(*turns["by K"])], [peak_memory(lambda: run(ours, 1, k), ours, args.device) for k in KS]
     ms = median(turns["ms"])
     speed = 1e-6 * flop / ms
     table = {
         "ms": ms, "sampling": parts["sampling"], "tasks/s": 1000 * args.tasks / ms, "GFLOP/s": speed,
         "% peak": 100 * speed / max(turns["peak"]), "% width": 100 * speed / max(turns["width"]), "MB": mb,
         "x stock": median(theirs / mine for mine, theirs in zip(turns["ms"], turns["stock"])), "x FLOP": stock_flop / flop, "x MB": stock_mb / mb,
-        "x sum": median(turns["whole"]) / sum(parts.values()), "K^": exponent(KS, k_ms), "MB 10/1": k_mb[-1] / k_mb[0],
+        "x sum": ms / sum(parts.values()), "K^": exponent(KS, k_ms), "MB 10/1": k_mb[-1] / k_mb[0],
     }  # fmt: skip
     return {
         "script": script, "regime": args.regime, "data": name, "args": args.description["args"], "table": table, "flop_per_step": flop, "parts_ms": parts,
@@ -312,7 +284,7 @@ def main(argv=None):
     jobs = get_jobs(wanted)
     report = reports.header(wanted, jobs[0][1]) | {"rows": []}
     print(", ".join(f"{key} {report[key]}" for key in report if key not in ("command", "rows")) + " (columns: bench.py --help)")
-    with mock.patch.object(common, "Journal", Clock):
+    with mock.patch.object(common, "Journal", Clock), whole_batches():
         for script, args in jobs:
             row = measure(script, args, wanted.repeats)
             if not report["rows"]:
