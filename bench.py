@@ -27,26 +27,20 @@ whole, the most that a step may draw in training with --mask none: so every step
 
 import contextlib
 import copy
-import itertools
-import os
-import time
 from argparse import Namespace
 from statistics import median
 from unittest import mock
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler chats on stderr
-
 import common  # before torch: it answers --help by itself
 import reports
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-# And the flags with which they need no files and have the yardstick's attention.
+# The scripts, with the flags by which they need no files and have the attention of the yardstick.
 SCRIPTS = {"linreg": ["--attention=softmax"], "mnist": ["--dataset=glyphs"], "imagenet": ["--features=synthetic"], "mog_flow": []}
 TURN, MOST = 0.5, 20  # a turn is this many seconds of steps, but at most so many steps
 KS = range(1, 11)
@@ -116,29 +110,17 @@ class Clock(common.Journal):
 
     def __iter__(self):
         yield 0
-        start = now(self.args.device)
+        start = reports.now(self.args.device)
         for self.iteration in range(self.args.iters):
             yield self.iteration
-        self.seconds = (now(self.args.device) - start) / self.args.iters  # `train` returns it
-
-
-def now(device):
-    """Seconds, when all that the device was given is done."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        self.seconds = (reports.now(self.args.device) - start) / self.args.iters  # `train` returns it
 
 
 def milliseconds(call, times, device):
-    start = now(device)
+    start = reports.now(device)
     for _ in range(times):
         call()
-    return 1000 * (now(device) - start) / times
-
-
-def exponent(K, values):
-    """p of K^p: the slope of log values against log K."""
-    return round(float(np.polyfit(np.log(K), np.log(values), 1)[0]), 3) + 0.0  # never -0
+    return 1000 * (reports.now(device) - start) / times
 
 
 def product_speed(args, m, k, n):
@@ -174,22 +156,9 @@ def count_flop(call):
     return counter.total
 
 
-def peak_bytes(call, device):
-    """Peak of the tensors that a call makes."""
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
-    return max(itertools.accumulate(change for _, change in changes))
-
-
 def peak_memory(steps, model, device):
     """Peak MB of the tensors in a training step: `steps` takes some; the weights are there before and are added."""
-    return (peak_bytes(steps, device) + sum(p.numel() * p.element_size() for p in model.parameters())) / 1e6
+    return (reports.peak_bytes(steps, device) + sum(p.numel() * p.element_size() for p in model.parameters())) / 1e6
 
 
 def record_parts(steps, model, device):
@@ -247,7 +216,8 @@ def measure(script, args, repeats):
         return 1000 * train(model, Namespace(**vars(args) | {"steps": K, "iters": iters}))[1]
 
     iters = min(MOST, max(2, round(1000 * TURN / run(ours))))
-    turns, side = {key: [] for key in ("ms", "stock", "peak", "width", "by K")}, 8192 if "cuda" in args.device else 2048
+    side = 8192 if "cuda" in args.device else 2048
+    turns = {key: [] for key in ("ms", "stock", "peak", "width", "by K")}
     for _ in range(repeats):
         turns["ms"].append(run(ours, iters))
         turns["stock"].append(run(stock, iters))
@@ -257,26 +227,23 @@ def measure(script, args, repeats):
     flop, stock_flop = (count_flop(lambda: run(model)) / 2 for model in (ours, stock))
     mb, stock_mb = (peak_memory(lambda: run(model), model, args.device) for model in (ours, stock))
     parts = measure_parts(lambda: run(ours), ours, sample, args)
-    k_ms, k_mb = [median(times) for times in zip(*turns["by K"])], [peak_memory(lambda: run(ours, 1, k), ours, args.device) for k in KS]
+    k_ms = [median(times) for times in zip(*turns["by K"])]
+    k_mb = [peak_memory(lambda: run(ours, 1, k), ours, args.device) for k in KS]
     ms = median(turns["ms"])
     speed = 1e-6 * flop / ms
     table = {
         "ms": ms, "sampling": parts["sampling"], "tasks/s": 1000 * args.tasks / ms, "GFLOP/s": speed,
         "% peak": 100 * speed / max(turns["peak"]), "% width": 100 * speed / max(turns["width"]), "MB": mb,
         "x stock": median(theirs / mine for mine, theirs in zip(turns["ms"], turns["stock"])), "x FLOP": stock_flop / flop, "x MB": stock_mb / mb,
-        "x sum": ms / sum(parts.values()), "K^": exponent(KS, k_ms), "MB 10/1": k_mb[-1] / k_mb[0],
+        "x sum": ms / sum(parts.values()), "K^": reports.exponent(KS, k_ms), "MB 10/1": k_mb[-1] / k_mb[0],
     }  # fmt: skip
     return {
-        "script": script, "regime": args.regime, "data": name, "args": args.description["args"], "table": table, "flop_per_step": flop, "parts_ms": parts,
-        "iterations_per_turn": iters, "turns": turns, "by_k": {"steps": list(KS), "ms": k_ms, "MB": k_mb},
+        "script": script, "regime": args.regime, "data": name, "args": args.description["args"], "table": table, "flop_per_step": flop,
+        "parts_ms": parts, "iterations_per_turn": iters, "turns": turns, "by_k": {"steps": list(KS), "ms": k_ms, "MB": k_mb},
     }  # fmt: skip
 
 
 # ---------------------------------------------------------------- main
-
-
-def line(left, right, cells):
-    return f"{left:9} {right:10}" + " ".join(f"{c:>9}" if isinstance(c, str) else f"{c:9.2f}" for c in cells)
 
 
 def main(argv=None):
@@ -288,8 +255,8 @@ def main(argv=None):
         for script, args in jobs:
             row = measure(script, args, wanted.repeats)
             if not report["rows"]:
-                print(line("", "", row["table"]))
-            print(line(script, args.regime, row["table"].values()), flush=True)
+                print(reports.line("", "", row["table"]))
+            print(reports.line(script, args.regime, row["table"].values()), flush=True)
             report["rows"].append(row)
             common.write_json(wanted.out, report)
     print(f"data {', '.join(dict.fromkeys(row['data'] for row in report['rows']))}; in full: {wanted.out}")

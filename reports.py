@@ -1,18 +1,23 @@
-"""What bench.py and the programs in results/ share: the file that each writes, and the scripts that they set to work."""
+"""What bench.py and the programs in results/ share: the file that each writes, a clock, and the scripts that they set to work."""
 
 import contextlib
 import datetime
 import importlib
 import io
+import itertools
 import os
 import shlex
 import sys
 import tempfile
+import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections import namedtuple
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler chats on stderr
+
 import common  # before torch: it answers --help by itself
 
+import numpy as np
 import torch
 
 # ---------------------------------------------------------------- flags and files
@@ -36,7 +41,8 @@ def parse_args(parser, argv):
     if args.out == plot:
         common.fail(f"--out {args.out}: the report is a JSON file, and its plot, if there is one, lies beside it as .png")
     for path in filter(os.path.lexists, (args.out, plot)):
-        if not os.path.isfile(path) or os.path.realpath(path) == os.path.realpath(getattr(args, "file", "")):  # a folder, a device, the checkpoint
+        checkpoint = os.path.realpath(getattr(args, "file", ""))
+        if not os.path.isfile(path) or os.path.realpath(path) == checkpoint:  # a folder or a device, or what is read
             common.fail(f"--out {args.out}: {path} is not to be replaced: give another file")
         if not args.overwrite:
             common.fail(f"--out {args.out}: {path} exists: give another file, or --overwrite")
@@ -48,9 +54,41 @@ def parse_args(parser, argv):
 def header(wanted, args):
     """What every report begins with: `wanted` are the flags of the program, `args` those of a script."""
     return {
-        "command": wanted.command, "machine": common.machine(args.device), "device": args.device, "dtype": args.dtype, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        "command": wanted.command, "machine": common.machine(args.device), "device": args.device, "dtype": args.dtype,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------- time and memory
+
+
+def now(device):
+    """Seconds, when all that the device was given is done."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_bytes(call, device):
+    """Peak of the tensors that a call makes."""
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
+
+
+def exponent(K, values):
+    """p of K^p: the slope of log values against log K."""
+    return round(float(np.polyfit(np.log(K), np.log(values), 1)[0]), 3) + 0.0  # never -0
+
+
+def line(left, right, cells):
+    return f"{left:9} {right:10}" + " ".join(f"{c:>9}" if isinstance(c, str) else f"{c:9.2f}" for c in cells)
 
 
 # ---------------------------------------------------------------- scripts

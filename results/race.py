@@ -22,7 +22,6 @@ from statistics import median
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import bench
 import common
 import reports
 
@@ -123,10 +122,10 @@ def trace(run, task, rate, trained):
     """-> the metric of each prediction of a run (B, steps), and the seconds from its start to each. A step before: caches hold what ran last."""
     device, predictions, seconds = trained.args.device, [], []
     next(run.start(task, rate))
-    start = bench.now(device)
+    start = reports.now(device)
     for prediction in run.start(task, rate):
         predictions.append(prediction)
-        seconds.append(bench.now(device) - start)
+        seconds.append(reports.now(device) - start)
     return torch.stack([trained.metric(p, task.query_y).mean(1) for p in predictions], 1), seconds
 
 
@@ -148,10 +147,10 @@ def race(trained, names, seconds):
     fresh = list(range(1, S + 1)), [N * k for k in range(1, S + 1)]  # steps, and observations seen by then
 
     def rival(make, begin, rates, batches=mini_batches, steps=fresh[0], observations=fresh[1]):
-        """The run of an optimizer make([w], rate) from w = `begin` (32, P), as many as the tasks at once; a step on each of batches(task)."""
+        """The run of an optimizer make([w], rate) from w = begin(B, P), with a step on each of batches(task)."""
 
         def start(task, rate):
-            w = begin[: len(task.query_x)].clone().requires_grad_()
+            w = begin(len(task.query_x), problem.size, device=args.device).requires_grad_()
             for step, w in enumerate(descend(make([w], rate), w, batches(task), problem.objective), 1):
                 if step in steps:
                     yield problem.predict(w, task.query_x)
@@ -164,24 +163,24 @@ def race(trained, names, seconds):
         end = int((curves <= 1.01 * curves.min()).any(0).nonzero()[0])
         return run.rates[int(curves[:, end].argmin())], end
 
-    zeros = torch.zeros(32, problem.size, device=args.device)
-    sgd = rival(torch.optim.SGD, zeros, RATES)
+    sgd = rival(torch.optim.SGD, torch.zeros, RATES)
     runs, training = {"this model": Run(lambda task, _: (p[-1] for p in common.refine(trained.model, task)), [None], *fresh)}, {}
     if "adam" in names:
         adam = functools.partial(torch.optim.Adam, fused=True)
-        runs |= {"Adam, normal start": rival(adam, torch.randn_like(zeros), RATES), "Adam": rival(adam, zeros, RATES)}
+        runs |= {"Adam, normal start": rival(adam, torch.randn, RATES), "Adam": rival(adam, torch.zeros, RATES)}
     if "sgd" in names:
         runs["SGD"] = sgd
     if "lbfgs" in names:
         lbfgs = functools.partial(torch.optim.LBFGS, max_iter=3, max_eval=50, history_size=10, line_search_fn="strong_wolfe")
         all_data = lambda task: itertools.repeat(common.seen(task, K), MARKS[-1])
-        runs["L-BFGS, all data"] = rival(lbfgs, zeros, [1.0], all_data, MARKS, [N * K] * len(MARKS))
+        runs["L-BFGS, all data"] = rival(lbfgs, torch.zeros, [1.0], all_data, MARKS, [N * K] * len(MARKS))
     if "maml" in names:
         first_rate, _ = pick(sgd)
         for order, name in ((2, "MAML"), (1, "first-order MAML")):
             print(f"{name}: meta-training for {seconds:.0f} s", flush=True)
-            begin, rate, iterations = meta_train(trained.sample, problem, first_rate, order, seconds, args)
-            runs[name], training[name] = rival(torch.optim.SGD, begin.expand(32, -1), [rate]), {"seconds": seconds, "iterations": iterations}
+            start, rate, iterations = meta_train(trained.sample, problem, first_rate, order, seconds, args)
+            runs[name] = rival(torch.optim.SGD, lambda B, P, device, start=start: start.repeat(B, 1), [rate])
+            training[name] = {"seconds": seconds, "iterations": iterations}
 
     chosen, found = {name: pick(run) for name, run in runs.items()}, {name: [] for name in runs}
     for task in trained.tasks(S):
@@ -231,7 +230,8 @@ def main(argv=None):
     for name, row in list(rows.items())[1:]:
         end, ratio = row["end"], row["faster"]
         verdict = f"{ratio:.3g} times as long as this model takes to it" if ratio else "this model never reaches it"
-        print(f"{name}: {report['metric']} {row['mean'][end]:.3g} after {row['seconds'][end]:.3g} s, {row['observations'][end]} observations; {verdict}")
+        print(f"{name}: {report['metric']} {row['mean'][end]:.3g} after {row['seconds'][end]:.3g} s,", end=" ")
+        print(f"{row['observations'][end]} observations; {verdict}")
     common.write_json(wanted.out, report)
     plot(report, os.path.splitext(wanted.out)[0] + ".png")
 

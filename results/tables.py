@@ -137,17 +137,18 @@ def special():
 def lengths():
     """The headline rows, trained on 1, 5 and 10 mini-batches."""
     files = {
-        "parametric regression": {"1": "linreg-hypernetwork", "5": "linreg", "10": "linreg-k10"},
-        "the same, no clock": {"5": "linreg-noclock", "10": "linreg-k10-noclock"},
-        "implicit regression": {"1": "linreg-icl", "5": "linreg-implicit", "10": "linreg-implicit-k10"},
-        "the same, without one": {"5": "linreg-implicit-noclock", "10": "linreg-implicit-k10-noclock"},
-        "implicit MNIST, error %": {"1": "mnist-icl", "5": "mnist", "10": "mnist-k10"},
-        "the same, state seen whole": {"1": "mnist-loud-icl", "5": "mnist-loud", "10": "mnist-loud-k10"},
+        "parametric regression": ("linreg-hypernetwork", "linreg", "linreg-k10"),
+        "the same, no clock": ("linreg-noclock", "linreg-k10-noclock"),
+        "implicit regression": ("linreg-icl", "linreg-implicit", "linreg-implicit-k10"),
+        "the same, without one": ("linreg-implicit-noclock", "linreg-implicit-k10-noclock"),
+        "implicit MNIST, error %": ("mnist-icl", "mnist", "mnist-k10"),
+        "the same, state seen whole": ("mnist-loud-icl", "mnist-loud", "mnist-loud-k10"),
     }
     rows = []
     for label, names in files.items():
-        for K, r in zip(names, map(read, names.values())):
-            rows.append([label, K, command(r), r["seeds"], *cells(r["metrics"]["id"], (1, 2, 5, 10), 3 if r["script"] == "linreg" else 1)])
+        for r in map(read, names):
+            digits = 3 if r["script"] == "linreg" else 1
+            rows.append([label, r["args"]["steps"], command(r), r["seeds"], *cells(r["metrics"]["id"], (1, 2, 5, 10), digits)])
             label = ""  # once is enough
     return table(["", "trained on", "command", "seeds", "1", "2", "5", "10"], rows)
 
