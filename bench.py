@@ -15,7 +15,7 @@ whole, the most that a step may draw in training with --mask none: so every step
     % peak      GFLOP/s, of the best of all turns of a square product in the same dtype, 2,048 wide on a CPU, 8,192 on a GPU
     % width     GFLOP/s, of the best of (observations of a refinement step, D) @ (D, 2 D), the MLP's shape, in the same dtype
     MB          peak of the tensors in a step: weights, gradients, AdamW's, tasks, activations; neither data set nor libraries
-    x stock     ms of nn.TransformerEncoder (context and queries as one sequence, under one joint boolean mask) / ms, turn by turn;
+    x stock     ms with nn.TransformerEncoder (context and queries as one sequence, under one joint boolean mask) / ms, turn by turn;
                 the median: how many times faster this code is
     x FLOP      products of stock / ours, for the same answers: this much of `x stock` is work that is not done
     x MB        MB of stock / ours

@@ -201,8 +201,10 @@ def plot(report, path):
     plt = common.pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(12, 5.6), sharey=True)
     for (name, row), color in zip(report["rows"].items(), common.COLORS):
+        style = dict(marker="o", markevery=[row["end"]], color=color, lw=2.5 if name == "this model" else 1.3, label=name)
+        stop = row["end"] + 1 if "L-BFGS" in name else None  # it stands still from there on
         for ax, key in zip(axes, ("seconds", "observations")):
-            ax.plot(row[key], row["mean"], "o-", color=color, markevery=[row["end"]], lw=2.5 if name == "this model" else 1.3, label=name)
+            ax.plot(row[key][:stop], row["mean"][:stop], **style)
     args = report["args"]
     axes[0].set(xlabel=f"seconds for {report['batch']} tasks at once", ylabel=report["metric"])
     axes[1].set(xlabel="observations seen, a task (grey: what this model is trained up to)")
