@@ -5,149 +5,68 @@
     python bench.py --preset paper --device cuda --dtype bfloat16   # the paper's sizes, on a GPU
 
 A turn runs the script's own `train` for about half a second, on the same tasks as the other turns; all of it but the journal
-is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. The columns:
+is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. All mini-batches are seen
+whole, the most that a step may draw in training with --mask none: so every step is the same work. The columns:
 
     ms          one training step: sampling, K refinement steps forward and backward, clipping, AdamW; median of the turns
     sampling    the part of it that draws the tasks, measured alone
     tasks/s     tasks of a step / ms
     GFLOP/s     all matrix products of a step / ms: 2 m k n for each, attention as if it had no mask, and nothing else
     % peak      GFLOP/s, of the best of all turns of a square product in the same dtype, 2,048 wide on a CPU, 8,192 on a GPU
-    % width     GFLOP/s, of the best of (tokens of a refinement step, D) @ (D, 2 D), the MLP's shape, in the same dtype
+    % width     GFLOP/s, of the best of (observations of a refinement step, D) @ (D, 2 D), the MLP's shape, in the same dtype
     MB          peak of the tensors in a step: weights, gradients, AdamW's, tasks, activations; neither data set nor libraries
-    stock       ms with nn.TransformerEncoder: context and queries as one sequence, under one joint boolean mask
-    x stock     stock / ms, turn by turn; the median: how many times faster this code is
+    x stock     ms with nn.TransformerEncoder (context and queries as one sequence, under one joint boolean mask) / ms, turn by turn;
+                the median: how many times faster this code is
     x FLOP      products of stock / ours, for the same answers: this much of `x stock` is work that is not done
     x MB        MB of stock / ours
-    x sum       ms on whole mini-batches / the sum of a step's parts, each measured alone: linear layers, attention, norms, GELU, what the
-                regime does around them, sampling, AdamW; the rest is Python and small operations, and what shares the machine
+    x sum       ms / the sum of a step's parts, each measured alone: linear layers, attention, norms, GELU, what the regime does
+                around them, sampling, AdamW; the rest is Python and small operations, and what shares the machine
     K^          slope of log ms against log K for K = 1 ... 10: 1 is linear
     MB 10/1     MB with K = 10 over MB with K = 1
-
-With --mask none a training step draws how much of a mini-batch it sees; ms and GFLOP/s average over such draws (both sides
-have the same ones). Everything about memory and K is with whole mini-batches, the most that a step can draw.
 """
 
 import contextlib
 import copy
-import datetime
-import functools
-import importlib
-import io
-import itertools
 import os
-import shlex
 import sys
-import tempfile
-import time
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from statistics import median
 from unittest import mock
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler chats on stderr
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "results"))  # where reports.py is
 
 import common  # before torch: it answers --help by itself
+import reports
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-ALL = tuple(common.REGIMES)
-SCRIPTS = {"linreg": ALL, "mnist": ALL, "imagenet": ALL, "mog_flow": ("implicit",)}  # and their regimes
-FIXED = {"mnist": ["--dataset=glyphs"], "imagenet": ["--features=synthetic"], "linreg": ["--attention=softmax"]}  # no files; what the yardstick has
+# The scripts, with the flags by which they need no files and have the attention of the yardstick.
+SCRIPTS = {"linreg": ["--attention=softmax"], "mnist": ["--dataset=glyphs"], "imagenet": ["--features=synthetic"], "mog_flow": []}
 TURN, MOST = 0.5, 20  # a turn is this many seconds of steps, but at most so many steps
 KS = range(1, 11)
-NOWHERE = os.path.join(tempfile.gettempdir(), "bench-writes-nothing-here")
 
 
-# ---------------------------------------------------------------- flags and files, here and in results/
-
-
-def read_args(program, doc, add_flags, out, argv):
-    """The flags of a program that writes one JSON file; args.more are those that are not its own, for the scripts."""
-    parser = common.Parser(prog=program, description=doc, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_flags(parser.add_argument)
-    parser.add_argument("--out", type=common.path, metavar="FILE", default=out, help=f"the JSON file (default: {out})")
-    parser.add_argument("--overwrite", action="store_true", help="replace that file")
-    args, args.more = parser.parse_known_args(argv)
-    if wrong := [word for word in args.more if word.partition("=")[0] in ("--regime", "--eval", "--resume", "--iters")]:
-        common.fail(f"{wrong[0]}: {program} sets it by its own flags and arguments (see --help)")
-    if args.out.endswith(".png"):
-        common.fail(f"--out {args.out}: the report is a JSON file, and its plot, if there is one, lies beside it as .png")
-    for path in filter(os.path.lexists, (args.out, os.path.splitext(args.out)[0] + ".png")):
-        if not os.path.isfile(path) or os.path.realpath(path) == os.path.realpath(getattr(args, "file", "")):  # a folder, a device, the checkpoint
-            common.fail(f"--out {args.out}: {path} is not to be replaced: give another file")
-        if not args.overwrite:
-            common.fail(f"--out {args.out}: {path} exists: give another file, or --overwrite")
-    common.check_out(Namespace(eval=None, resume=None, overwrite=True, out=os.path.dirname(args.out) or "."))
-    args.command = shlex.join(["python", program, *(sys.argv[1:] if argv is None else argv)])
-    return args
+# ---------------------------------------------------------------- flags
 
 
 def get_args(argv=None):
-    def add_flags(add):
-        add("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="default: all")
-        add("--regimes", nargs="+", choices=ALL, default=ALL, help="default: all that a script has")
-        add("--repeats", type=common.count, default=5, help="turns")
-
-    return read_args("bench.py", __doc__, add_flags, "out/bench.json", argv)
-
-
-def read_flags(script, *flags):
-    """A script's own args, without the line on where a run would write."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return importlib.import_module(script).get_args([*flags, f"--out={NOWHERE}", "--overwrite"])
-
-
-def read_checkpoint(wanted):
-    """-> linreg or mnist, whichever wanted.file is a checkpoint of, and the args of that run."""
-    script = common.load_checkpoint(wanted.file, None)["script"]
-    if script not in ("linreg", "mnist"):
-        common.fail(f"{wanted.file} is a checkpoint of {script}.py; it must be one of linreg.py or mnist.py")
-    return script, read_flags(script, *wanted.more, f"--eval={wanted.file}")
+    parser = reports.make_parser("bench.py", __doc__)
+    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="default: all")
+    parser.add_argument("--regimes", nargs="+", choices=common.REGIMES, default=list(common.REGIMES), help="default: all that a script has")
+    parser.add_argument("--repeats", type=common.count, default=5, help="turns")
+    return reports.parse_args(parser, argv)
 
 
 def get_jobs(args):
     """-> (script, the script's own args), all of them checked before any work."""
-    pairs = [(script, regime) for script in args.scripts for regime in args.regimes if regime in SCRIPTS[script]]
+    pairs = [(script, regime) for script in args.scripts for regime in args.regimes if script != "mog_flow" or regime == "implicit"]
     if not pairs:
         common.fail(f"--regimes {' '.join(args.regimes)}: {' and '.join(args.scripts)} can only do implicit")
-    return [(script, read_flags(script, *FIXED.get(script, []), *args.more, f"--regime={regime}")) for script, regime in pairs]
-
-
-def load(script, args):
-    """-> the data's name and the script's model, train(model) and sample(B, K)."""
-    s = importlib.import_module(script)
-    with contextlib.redirect_stdout(io.StringIO()):
-        data = [s.load(args)["id"]] if script == "imagenet" else [s.load(args)] if script == "mnist" else []
-    name = data[0].name if script == "imagenet" else s.NAMES[args.dataset] if script == "mnist" else s.data_name(args)
-    model = s.make_model(*data, args) if script == "imagenet" else s.make_model(args)
-
-    def sample(B, K):
-        source = [s.sample_densities(B, args)] if script == "mog_flow" else [*data, B]
-        return s.sample_tasks(*source, K, args)
-
-    return name, model, lambda model: s.train(model, *data, args), sample
-
-
-def scoring(script, args):
-    """-> metric(prediction, y) of linreg or mnist, its name, and the stream that the tasks of the evaluation come from."""
-    s = importlib.import_module(script)
-    return (s.make_metric(args), "squared error", 0) if script == "linreg" else (s.error, "error %", list(s.NAMES).index(args.dataset))
-
-
-def header(wanted, args):
-    """What every report begins with: `wanted` are the flags of the program, `args` those of a script."""
-    return {
-        "command": wanted.command, "machine": common.machine(args.device), "device": args.device, "dtype": args.dtype, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
-    }  # fmt: skip
-
-
-def line(left, right, cells):
-    return f"{left:9} {right:10}" + " ".join(f"{c:>9}" if isinstance(c, str) else f"{c:9.2f}" for c in cells)
+    return [(script, reports.read_flags(script, *SCRIPTS[script], *args.more, f"--regime={regime}")) for script, regime in pairs]
 
 
 # ---------------------------------------------------------------- the yardstick
@@ -195,24 +114,17 @@ class Clock(common.Journal):
 
     def __iter__(self):
         yield 0
-        start = now(self.args.device)
+        start = reports.now(self.args.device)
         for self.iteration in range(self.args.iters):
             yield self.iteration
-        self.seconds = (now(self.args.device) - start) / self.args.iters  # `train` returns it
-
-
-def now(device):
-    """Seconds, when all that the device was given is done."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        self.seconds = (reports.now(self.args.device) - start) / self.args.iters  # `train` returns it
 
 
 def milliseconds(call, times, device):
-    start = now(device)
+    start = reports.now(device)
     for _ in range(times):
         call()
-    return 1000 * (now(device) - start) / times
+    return 1000 * (reports.now(device) - start) / times
 
 
 def product_speed(args, m, k, n):
@@ -241,134 +153,97 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-def count_flop(train, model, args):
-    """FLOP of the matrix products in a timed step, on average; attention as plain products, so that every kernel counts the same."""
+def count_flop(call):
+    """FLOP of the matrix products of a call; attention as plain products, so that every kernel counts the same."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
-        args.iters, iters = 1, args.iters
-        train(model)  # iteration 0 twice
-        first, args.iters = counter.total / 2, iters
-        train(model)  # iteration 0, then those that are timed
-    return (counter.total - 3 * first) / iters
-
-
-def peak_bytes(call, device):
-    """Peak of the tensors that a call makes."""
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
         call()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
-    return max(itertools.accumulate(change for _, change in changes))
+    return counter.total
 
 
-def peak_memory(train, model, args):
-    """Peak MB of the tensors in two steps; the weights are there before and are added."""
-    args.iters = 1
-    with whole_batches():
-        peak = peak_bytes(lambda: train(model), args.device)
-    return (peak + sum(p.numel() * p.element_size() for p in model.parameters())) / 1e6
+def peak_memory(steps, model, device):
+    """Peak MB of the tensors in a training step: `steps` takes some; the weights are there before and are added."""
+    return (reports.peak_bytes(steps, device) + sum(p.numel() * p.element_size() for p in model.parameters())) / 1e6
 
 
-def measure_parts(train, model, args):
-    """-> {part: milliseconds of a step}, each alone: the calls of two steps on whole mini-batches, recorded, and replayed forward and backward."""
-    calls, inside = {}, []
+def record_parts(steps, model, device):
+    """-> {part: its calls in `steps`, each a function, its inputs and whether autocast was on}."""
+    parts, inside = {}, []
 
-    def record(part, owner, name):
-        call = getattr(owner, name)
-
+    def recorder(part, call):
         def recorded(*given):
             if inside:  # of a part already
                 return call(*given)
             inputs = [x.detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in given]
-            calls.setdefault(part, []).append((call, inputs, torch.is_autocast_enabled(device)))
+            parts.setdefault(part, []).append((call, inputs, torch.is_autocast_enabled(device.type)))
             inside.append(part)
-            try:
-                return call(*given)
-            finally:
-                inside.pop()
+            out = call(*given)
+            inside.pop()
+            return out
 
-        return mock.patch.object(owner, name, recorded)
+        return recorded
 
-    def replay(part):
-        for call, inputs, autocast in calls[part]:
-            with torch.autocast(device, model.transformer.dtype, enabled=autocast):
+    kinds = {nn.Linear: "linear layers", nn.LayerNorm: "norms", nn.GELU: "GELU"}
+    places = [(kinds[type(module)], module, "forward") for module in model.modules() if type(module) in kinds]
+    places += [("attention", block, "attend") for block in model.transformer.blocks]
+    places += [("the regime", model, name) for name in ("predict", "gradients", "residuals", "pull_back") if hasattr(model, name)]
+    with contextlib.ExitStack() as patches:
+        for part, owner, name in places:
+            patches.enter_context(mock.patch.object(owner, name, recorder(part, getattr(owner, name))))
+        steps()
+    return parts
+
+
+def measure_parts(two_steps, model, sample, args):
+    """-> {part: milliseconds of a step}, each alone: its calls in two steps once more, forward and backward."""
+    device, alone = torch.device(args.device), lambda call: median(milliseconds(call, 1, args.device) for _ in range(5))
+
+    def replay(calls):
+        for call, inputs, autocast in calls:
+            with torch.autocast(device.type, model.transformer.dtype, enabled=autocast):
                 out = call(*inputs)
             if out.requires_grad:
                 torch.autograd.backward(out, torch.ones_like(out))
 
-    device = torch.device(args.device).type
-    kinds = {nn.Linear: "linear layers", nn.LayerNorm: "norms", nn.GELU: "GELU"}
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            if type(module) in kinds:
-                stack.enter_context(record(kinds[type(module)], module, "forward"))
-        for block in model.transformer.blocks:
-            stack.enter_context(record("attention", block, "attend"))
-        for name in ("predict", "gradients", "residuals", "pull_back"):
-            if hasattr(model, name):
-                stack.enter_context(record("the regime", model, name))
-        stack.enter_context(whole_batches())
-        args.iters = 1  # and the one before the clock starts
-        train(model)
-    optimizer = common.make_optimizer(model, args)
-
-    def update():
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    found = {part: median(milliseconds(functools.partial(replay, part), 1, args.device) for _ in range(5)) / 2 for part in calls}
-    return found | {"AdamW": median(milliseconds(update, 1, args.device) for _ in range(5))}
+    found = {part: alone(lambda: replay(calls)) / 2 for part, calls in record_parts(two_steps, model, device).items()}
+    return found | {"AdamW": alone(common.make_optimizer(model, args).step), "sampling": alone(lambda: sample(args.tasks, args.steps))}
 
 
 def measure(script, args, repeats):
     """-> what is written about one script and regime; "table" is its row of the table."""
-    name, ours, train, sample = load(script, args)
-    tokens = args.tasks * (args.context + (args.queries if args.regime == "implicit" else args.history * args.latent_tokens * (args.decoder == "linear")))
-    K, side = args.steps, 8192 if "cuda" in args.device else 2048
+    name, ours, train, sample = reports.load(script, args)
     stock = copy.deepcopy(ours)
     stock.transformer = Stock(args.width, args.depth, args.heads).to(args.device)
     stock.transformer.dtype = ours.transformer.dtype
 
-    def run(model, steps, iters):
-        args.steps, args.iters = steps, iters
-        return 1000 * train(model)[1]
+    def run(model, iters=1, K=args.steps):
+        """Milliseconds of a step; one more than `iters` are taken."""
+        return 1000 * train(model, Namespace(**vars(args) | {"steps": K, "iters": iters}))[1]
 
-    if args.compile:
-        run(ours, K, MOST)  # for all sizes that the turns will draw
-    iters = min(MOST, max(2, round(1000 * TURN / run(ours, K, 1))))
-    turns, by_k = {key: [] for key in ("ms", "whole", "stock", "sampling", "peak", "width")}, {k: [] for k in KS}
+    iters = min(MOST, max(2, round(1000 * TURN / run(ours))))
+    side = 8192 if "cuda" in args.device else 2048
+    turns = {key: [] for key in ("ms", "stock", "peak", "width", "by K")}
     for _ in range(repeats):
-        turns["ms"].append(run(ours, K, iters))
-        turns["stock"].append(run(stock, K, iters))
-        turns["sampling"].append(milliseconds(lambda: sample(args.tasks, K), iters, args.device))
+        turns["ms"].append(run(ours, iters))
+        turns["stock"].append(run(stock, iters))
         turns["peak"].append(product_speed(args, side, side, side))
-        turns["width"].append(product_speed(args, tokens, args.width, 2 * args.width))
-        with whole_batches():
-            turns["whole"].append(run(ours, K, iters))
-            for k in KS:
-                by_k[k].append(run(ours, k, max(1, round(iters * K / k / 3))))
-    args.steps, args.iters = K, iters
-    flop, stock_flop = (count_flop(train, model, args) for model in (ours, stock))
-    mb, stock_mb = (peak_memory(train, model, args) for model in (ours, stock))
-    k_ms, k_mb = [median(by_k[k]) for k in KS], []
-    for args.steps in KS:
-        k_mb.append(peak_memory(train, ours, args))
-    args.steps = K
-    parts = measure_parts(train, ours, args) | {"sampling": median(turns["sampling"])}
+        turns["width"].append(product_speed(args, args.tasks * args.context, args.width, 2 * args.width))
+        turns["by K"].append([run(ours, max(1, round(iters * args.steps / k / 3)), k) for k in KS])
+    flop, stock_flop = (count_flop(lambda: run(model)) / 2 for model in (ours, stock))
+    mb, stock_mb = (peak_memory(lambda: run(model), model, args.device) for model in (ours, stock))
+    parts = measure_parts(lambda: run(ours), ours, sample, args)
+    k_ms = [median(times) for times in zip(*turns["by K"])]
+    k_mb = [peak_memory(lambda: run(ours, 1, k), ours, args.device) for k in KS]
     ms = median(turns["ms"])
     speed = 1e-6 * flop / ms
     table = {
-        "ms": ms, "sampling": median(turns["sampling"]), "tasks/s": 1000 * args.tasks / ms, "GFLOP/s": speed,
-        "% peak": 100 * speed / max(turns["peak"]), "% width": 100 * speed / max(turns["width"]), "MB": mb, "stock": median(turns["stock"]),
+        "ms": ms, "sampling": parts["sampling"], "tasks/s": 1000 * args.tasks / ms, "GFLOP/s": speed,
+        "% peak": 100 * speed / max(turns["peak"]), "% width": 100 * speed / max(turns["width"]), "MB": mb,
         "x stock": median(theirs / mine for mine, theirs in zip(turns["ms"], turns["stock"])), "x FLOP": stock_flop / flop, "x MB": stock_mb / mb,
-        "x sum": median(turns["whole"]) / sum(parts.values()), "K^": float(np.polyfit(np.log(KS), np.log(k_ms), 1)[0]), "MB 10/1": k_mb[-1] / k_mb[0],
+        "x sum": ms / sum(parts.values()), "K^": reports.exponent(KS, k_ms), "MB 10/1": k_mb[-1] / k_mb[0],
     }  # fmt: skip
     return {
-        "script": script, "regime": args.regime, "data": name, "args": args.description["args"], "table": table, "flop_per_step": flop, "parts_ms": parts,
-        "iterations_per_turn": iters, "turns": turns, "by_k": {"steps": list(KS), "ms": k_ms, "MB": k_mb},
+        "script": script, "regime": args.regime, "data": name, "args": args.description["args"], "table": table, "flop_per_step": flop,
+        "parts_ms": parts, "iterations_per_turn": iters, "turns": turns, "by_k": {"steps": list(KS), "ms": k_ms, "MB": k_mb},
     }  # fmt: skip
 
 
@@ -378,20 +253,16 @@ def measure(script, args, repeats):
 def main(argv=None):
     wanted = get_args(argv)
     jobs = get_jobs(wanted)
-    report = header(wanted, jobs[0][1]) | {"rows": []}
+    report = reports.header(wanted, jobs[0][1]) | {"rows": []}
     print(", ".join(f"{key} {report[key]}" for key in report if key not in ("command", "rows")) + " (columns: bench.py --help)")
-    with mock.patch.object(common, "Journal", Clock):
+    with mock.patch.object(common, "Journal", Clock), whole_batches():
         for script, args in jobs:
             row = measure(script, args, wanted.repeats)
             if not report["rows"]:
-                print(line("", "", row["table"]))
-            print(line(script, args.regime, row["table"].values()), flush=True)
+                print(reports.line("", "", row["table"]))
+            print(reports.line(script, args.regime, row["table"].values()), flush=True)
             report["rows"].append(row)
             common.write_json(wanted.out, report)
-    print("against K\n" + line("", "", map(str, KS)))
-    for row in report["rows"]:
-        print(line(row["script"], "ms", row["by_k"]["ms"]))
-        print(line(row["regime"], "MB", row["by_k"]["MB"]))
     print(f"data {', '.join(dict.fromkeys(row['data'] for row in report['rows']))}; in full: {wanted.out}")
 
 

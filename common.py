@@ -973,12 +973,12 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 
 def log_axis(ax, which):
-    """Makes an axis ("x" or "y") of what is drawn so far logarithmic, with ticks in plain numbers: 1, 2 and 5, or 1 alone over many decades."""
+    """Makes an axis ("x" or "y") of what is drawn so far logarithmic, with ticks in plain numbers: the fewer, the more decades it spans."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     ax.set(**{f"{which}scale": "log"})
     low, high = getattr(ax, f"get_{which}lim")()
-    locator = LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,))
+    locator = LogLocator(subs=range(1, 10) if high < 5 * low else (1, 2, 5) if high < 500 * low else (1,))
     getattr(ax, f"{which}axis").set(major_locator=locator, major_formatter="{x:g}", minor_formatter=NullFormatter())
 
 

@@ -263,9 +263,12 @@ def compare(model, args, split, data, sample, unit, stream):
 
 
 def evaluate(model, args):
-    data = f"mixtures of up to {args.max_clusters} Gaussians, dim {args.dim}"
-    metric, baselines = compare(model, args, "id", data, sample_densities, UNIT, stream=0)
+    metric, baselines = compare(model, args, "id", data_name(args), sample_densities, UNIT, stream=0)
     return {"id": metric}, {"id": baselines}
+
+
+def data_name(args):
+    return f"mixtures of up to {args.max_clusters} Gaussians, dim {args.dim}"
 
 
 # ---------------------------------------------------------------- plot
@@ -375,7 +378,7 @@ def main(argv=None):
     model = make_model(args)
     iterations, seconds = common.trained(args) if args.eval else train(model, args)
     metrics, baselines = evaluate(model, args)
-    common.write_results(args, model, metrics["id"]["data"], iterations, seconds, metrics, baselines)
+    common.write_results(args, model, data_name(args), iterations, seconds, metrics, baselines)
     report(metrics, baselines, args.steps)
     plot(args.out)
 

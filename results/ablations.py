@@ -2,7 +2,7 @@
 
 Runs whatever out/ablations does not hold yet (more than two hours on one core; it may be stopped and started again), then
 writes ablations.json and ablations.png beside this script. Groups that are named are run alone, and take the place of those
-in ablations.json. `--list` only prints the commands.
+in ablations.json.
 
 A change is a few flags, or an edit of the code, as in the README's exercises, which is made in a copy under out/ablations.
 """
@@ -90,13 +90,6 @@ GROUPS = {
 }
 
 
-def command(base, change, seed):
-    """-> what to run, and the folder that it writes to. `change` is flags, or the name of an edit."""
-    words = [*base.split(), *(() if change in EDITS else change.split()), "--seed", str(seed)]
-    name = "-".join([*words, change] if change in EDITS else words)
-    return words, OUT / re.sub("-+", "-", name.replace(".py", ""))
-
-
 def edited(change):
     """-> a folder with a copy of the scripts, edited; each edit must fit exactly one place."""
     folder = OUT / f"code-{change}"
@@ -111,13 +104,16 @@ def edited(change):
     return folder
 
 
-def run(words, folder, change):
-    """-> the results of a finished run; starts it, or goes on with it, where there is none."""
+def run(base, change, seed):
+    """-> the results of a finished run; starts it, or goes on with it, where there is none. `change` is flags, or the name of an edit."""
+    code, flags = (edited(change), "") if change in EDITS else (ROOT, change)
+    words = [*base.split(), *flags.split(), "--seed", str(seed)]
+    folder = OUT / re.sub("-+", "-", "-".join(words + [change] * (code != ROOT)).replace(".py", ""))
     file = folder / "results.json"
     if not file.exists():
         where = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else ["--out", str(folder)]
         env = os.environ | {"IAI_DATA": os.path.abspath(os.environ.get("IAI_DATA", ROOT / "data"))}  # a copy finds the same data
-        done = subprocess.run([sys.executable, *words, *where], cwd=edited(change) if change in EDITS else ROOT, env=env, stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, *words, *where], cwd=code, env=env, stdout=subprocess.DEVNULL)
         if done.returncode or not file.exists():
             sys.exit(f"error: python {shlex.join(words)} ended with code {done.returncode}")
     return json.loads(file.read_text())
@@ -125,7 +121,7 @@ def run(words, folder, change):
 
 def summarize(base, change):
     """Mean over seeds at each step, and its standard error; the evaluation tasks are the same for all seeds."""
-    found = [run(*command(base, change, seed), change) for seed in SEEDS]
+    found = [run(base, change, seed) for seed in SEEDS]
     metric = [r["metrics"]["id"] for r in found]
     seeds = [m["mean"] for m in metric]  # (seeds, steps)
     what = f"python {base}, edited" if change in EDITS else f"python {base} {change}".strip()
@@ -137,48 +133,37 @@ def summarize(base, change):
 
 
 def plot(rows, path):
-    import matplotlib
+    sys.path.insert(0, str(ROOT))
+    import common  # here: it brings torch, which nothing else needs
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colors = ("#0072B2", "#D55E00", "#009E73")
+    plt = common.pyplot()
     fig, axes = plt.subplots(-(-len(rows) // 4), 4, figsize=(15, 3.1 * -(-len(rows) // 4)), squeeze=False)
     for ax in axes.flat[len(rows) :]:
         ax.axis("off")
     for ax, (group, variants) in zip(axes.flat, rows.items()):
-        for color, marker, (label, row) in zip(colors, "osD", variants.items()):
+        for color, marker, (label, row) in zip(common.COLORS, "osD", variants.items()):
             ax.errorbar(row["steps"][1:], row["mean"][1:], row["stderr"][1:], fmt=f"{marker}-", color=color, ms=4, lw=1.5, capsize=2, label=label)
         ax.axvline(next(iter(variants.values()))["trained"], color="0.7", lw=1, zorder=0)
         ax.set_title(group, fontsize=8.5)
         ax.set_ylabel(row["name"], fontsize=9)
         if row["name"] != "error %":
-            ax.set_yscale("log")
-            ax.yaxis.set_major_formatter("{x:g}")
-            low, high = ax.get_ylim()
-            ax.yaxis.set_minor_formatter("{x:g}" if high < 8 * low else "")
-        ax.tick_params(which="both", labelsize=8)
+            common.log_axis(ax, "y")
+        ax.tick_params(labelsize=8)
         ax.legend(fontsize=8)
-        ax.grid(alpha=0.3, which="both")
+        ax.grid(alpha=0.3)
     data = dict.fromkeys(row["data"] for variants in rows.values() for row in variants.values())
     fig.suptitle(f"error against mini-batches seen (trained on those left of the grey line): {'; '.join(data)}; seeds {', '.join(map(str, SEEDS))}", fontsize=11)
     fig.tight_layout(rect=(0, 0, 1, 0.985))
-    fig.savefig(path, dpi=80)
+    common.save_figure(fig, path, dpi=80)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="GROUP", help="; ".join(GROUPS))
-    parser.add_argument("--list", action="store_true", help="only print the commands")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    args = parser.parse_args()
-    names = args.names
+    names = parser.parse_args().names
     if wrong := [name for name in names if name not in GROUPS]:
         parser.error(f"{wrong[0]!r} is none of: " + "; ".join(GROUPS))
-    if args.list:
-        for words, _ in dict.fromkeys((tuple(c), str(f)) for base, variants in GROUPS.values() for change in variants.values() for c, f in (command(base, change, s) for s in SEEDS)):
-            print(shlex.join(["python", *words]))
-        return
     file = HERE / "ablations.json"
     rows = json.loads(file.read_text()) if names and file.exists() else {}
     for group in names or GROUPS:

@@ -11,7 +11,6 @@ the learning rate that comes first to within 1% of its lowest metric; there it e
 
 import argparse
 import functools
-import importlib
 import itertools
 import math
 import os
@@ -23,8 +22,8 @@ from statistics import median
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import bench
 import common
+import reports
 
 import torch
 
@@ -32,13 +31,22 @@ RIVALS = ("adam", "sgd", "lbfgs", "maml")
 RATES = [10 ** (i / 2) for i in range(-6, 7)]  # learning rates that are tried; predictors divide by sqrt(dim), so good ones can be large
 MARKS = sorted({round(1.25**i) for i in range(27)})  # L-BFGS: steps, of three iterations each, after which there is a prediction
 
-Problem = namedtuple("Problem", "predictor size loss metric")  # of a script: predictor(w (B, P), x), P, loss and metric of a prediction
 Run = namedtuple("Run", "start rates steps observations")  # start(task, rate) yields predictions after these steps, from so many observations
 
 
-def predictor_on(basis, y_dim):
-    """The parametric regime's predictor as a function: weights w (..., P), x (..., Q, X) -> (..., Q, Y)."""
-    return lambda w, x: basis(x) @ w.unflatten(-1, (y_dim, -1)).mT
+class Problem:
+    """What rivals solve: the parametric regime's predictor with weights w (B, P), on a script's basis and for its loss."""
+
+    def __init__(self, script, x_dim, y_dim):
+        self.script, self.y_dim, self.size = script, y_dim, script.basis(torch.zeros(x_dim)).numel() * y_dim
+
+    def predict(self, w, x):
+        """Weights w (B, P), x (B, Q, X) -> (B, Q, Y)."""
+        return self.script.basis(x) @ w.unflatten(-1, (self.y_dim, -1)).mT
+
+    def objective(self, w, x, y):
+        """Summed over tasks: each has its own gradient."""
+        return self.script.loss(self.predict(w, x), y).mean(-1).sum()
 
 
 def rivals(text):
@@ -49,12 +57,12 @@ def rivals(text):
 
 
 def get_args(argv=None):
-    def add_flags(add):
-        add("file", type=common.path, metavar="FILE", help="the checkpoint")
-        add("--baseline", type=rivals, metavar="LIST", default=RIVALS, help="some of adam,sgd,lbfgs,maml (default: all)")
-        add("--baseline-seconds", type=common.number(float, 0, strict=True), metavar="SECONDS", help="meta-training of maml, of each order (default: as long as the model was trained)")
-
-    return bench.read_args("results/race.py", __doc__, add_flags, "out/race.json", argv)
+    parser = reports.make_parser("results/race.py", __doc__)
+    add, seconds = parser.add_argument, common.number(float, 0, strict=True)
+    add("file", type=common.path, metavar="FILE", help="the checkpoint")
+    add("--baseline", type=rivals, metavar="LIST", default=RIVALS, help="some of adam,sgd,lbfgs,maml (default: all)")
+    add("--baseline-seconds", type=seconds, metavar="SECONDS", help="meta-training of maml, of each order (default: as long as the model was trained)")
+    return reports.parse_args(parser, argv)
 
 
 # ---------------------------------------------------------------- the rivals
@@ -78,27 +86,28 @@ def descend(optimizer, w, batches, objective):
 
 
 def adapt(w, rate, batches, objective, order=2):
-    """MAML's inner loop: gradient descent from w (B, P), yields each next. To who differentiates it, first order takes slopes as constants."""
+    """SGD as MAML trains through it: steps from w (B, P), yields each next. To who differentiates it, first order takes slopes as constants."""
     for x, y in batches:
         slope = torch.func.grad(objective)(w, x, y)
         w = w - rate * (slope if order == 2 else slope.detach())
         yield w
 
 
-def meta_loss(start, log_rate, task, problem, objective, order):
+def meta_loss(start, log_rate, task, problem, order):
     """The loss on the queries after a step on each mini-batch, from start (P,)."""
-    *_, w = adapt(start.expand(len(task.query_x), -1), log_rate.exp(), zip(task.context_x, task.context_y), objective, order)
-    return problem.loss(problem.predictor(w, task.query_x), task.query_y).mean()
+    start = start.expand(len(task.query_x), -1)
+    *_, w = adapt(start, log_rate.exp(), zip(task.context_x, task.context_y), problem.objective, order)
+    return problem.script.loss(problem.predict(w, task.query_x), task.query_y).mean()
 
 
-def meta_train(sample, problem, objective, rate, order, seconds, args):
+def meta_train(sample, problem, rate, order, seconds, args):
     """MAML on the tasks that the model was trained on -> start (P,), learning rate, iterations. It begins at the rate that suits SGD."""
     start, log_rate = torch.zeros(problem.size, device=args.device), torch.tensor(math.log(rate), device=args.device)
     optimizer = torch.optim.Adam([start, log_rate])
     slopes, begin, left = torch.func.grad(meta_loss, argnums=(0, 1)), time.time(), 1.0
     for iteration in itertools.count(1):
         common.seed_all(common.TRAINING, args.seed, iteration - 1)
-        start.grad, log_rate.grad = slopes(start, log_rate, sample(args.tasks, args.steps), problem, objective, order)
+        start.grad, log_rate.grad = slopes(start, log_rate, sample(args.tasks, args.steps), problem, order)
         optimizer.param_groups[0]["lr"] = 0.01 * left  # falls to zero with the time that is left
         optimizer.step()
         left = 1 - (time.time() - begin) / seconds
@@ -109,14 +118,15 @@ def meta_train(sample, problem, objective, rate, order, seconds, args):
 # ---------------------------------------------------------------- the race
 
 
-def trace(run, task, rate, args):
-    """-> predictions of a run and the seconds from its start to each. A step before: caches hold what ran last, and that is another."""
+def trace(run, task, rate, trained):
+    """-> the metric of each prediction of a run (B, steps), and the seconds from its start to each. A step before: caches hold what ran last."""
+    device, predictions, seconds = trained.args.device, [], []
     next(run.start(task, rate))
-    predictions, seconds, start = [], [], bench.now(args.device)
-    for prediction in itertools.islice(run.start(task, rate), len(run.steps)):
+    start = reports.now(device)
+    for prediction in run.start(task, rate):
         predictions.append(prediction)
-        seconds.append(bench.now(args.device) - start)
-    return predictions, seconds
+        seconds.append(reports.now(device) - start)
+    return torch.stack([trained.metric(p, task.query_y).mean(1) for p in predictions], 1), seconds
 
 
 def faster(ours, row):
@@ -127,94 +137,74 @@ def faster(ours, row):
 
 
 @torch.no_grad()
-def race(model, sample, problem, names, seconds, args, stream):
-    """-> a row for the model and for each rival that is named, and how MAML was trained; sample(B, K) draws tasks."""
+def race(trained, names, seconds):
+    """-> a row for the model and for each rival that is named, and how MAML was trained, for so many seconds."""
+    args = trained.args
     K, S, N = min(args.steps, args.eval_steps), args.eval_steps, args.context
-    objective = lambda w, x, y: problem.loss(problem.predictor(w, x), y).mean(-1).sum()  # over tasks: each has its own gradient
-    fresh = range(1, S + 1), [N * k for k in range(1, S + 1)]
-    (practice,) = common.evaluation_tasks(lambda B: sample(B, S), 32, stream=2000)
+    (practice,) = common.evaluation_tasks(lambda B: trained.sample(B, S), 32, stream=2000)
+    problem = Problem(trained.script, practice.query_x.shape[-1], practice.query_y.shape[-1])
+    mini_batches = lambda task: zip(task.context_x, task.context_y)
+    fresh = list(range(1, S + 1)), [N * k for k in range(1, S + 1)]  # steps, and observations seen by then
 
-    def optimize(make, draw, rates=RATES):
+    def rival(make, begin, rates, batches=mini_batches, steps=fresh[0], observations=fresh[1]):
+        """The run of an optimizer make([w], rate) from w = begin(B, P), with a step on each of batches(task)."""
+
         def start(task, rate):
-            w = draw(len(task.query_x), problem.size, device=args.device).requires_grad_()
-            for w in descend(make([w], rate), w, zip(task.context_x, task.context_y), objective):
-                yield problem.predictor(w, task.query_x)
+            w = begin(len(task.query_x), problem.size, device=args.device).requires_grad_()
+            for step, w in enumerate(descend(make([w], rate), w, batches(task), problem.objective), 1):
+                if step in steps:
+                    yield problem.predict(w, task.query_x)
 
-        return Run(start, rates, *fresh)
-
-    def start_lbfgs(task, rate):
-        w = torch.zeros(len(task.query_x), problem.size, device=args.device).requires_grad_()
-        optimizer = torch.optim.LBFGS([w], rate, max_iter=3, max_eval=50, history_size=10, line_search_fn="strong_wolfe")
-        for step, w in enumerate(descend(optimizer, w, itertools.repeat(common.seen(task, K), MARKS[-1]), objective), 1):
-            if step in MARKS:
-                yield problem.predictor(w, task.query_x)
+        return Run(start, rates, steps, observations)
 
     def pick(run):
         """-> learning rate and index of the first step within 1% of the lowest metric in practice."""
-        curves = [torch.stack([problem.metric(p, practice.query_y).mean() for p in trace(run, practice, rate, args)[0]]) for rate in run.rates]
-        curves = torch.stack(curves).nan_to_num(torch.inf)  # (rates, steps)
+        curves = torch.stack([trace(run, practice, rate, trained)[0].mean(0) for rate in run.rates]).nan_to_num(torch.inf)  # (rates, steps)
         end = int((curves <= 1.01 * curves.min()).any(0).nonzero()[0])
         return run.rates[int(curves[:, end].argmin())], end
 
-    runs, trained = {"this model": Run(lambda task, _: (p[-1] for p in common.refine(model.eval(), task)), [None], *fresh)}, {}
+    sgd = rival(torch.optim.SGD, torch.zeros, RATES)
+    runs, training = {"this model": Run(lambda task, _: (p[-1] for p in common.refine(trained.model, task)), [None], *fresh)}, {}
     if "adam" in names:
         adam = functools.partial(torch.optim.Adam, fused=True)
-        runs |= {"Adam, normal start": optimize(adam, torch.randn), "Adam": optimize(adam, torch.zeros)}
-    sgd = optimize(torch.optim.SGD, torch.zeros)
+        runs |= {"Adam, normal start": rival(adam, torch.randn, RATES), "Adam": rival(adam, torch.zeros, RATES)}
     if "sgd" in names:
         runs["SGD"] = sgd
     if "lbfgs" in names:
-        runs["L-BFGS, all data"] = Run(start_lbfgs, [1.0], MARKS, [N * K] * len(MARKS))
-    first_rate = pick(sgd)[0] if "maml" in names else None
-    for order, name in ((2, "MAML"), (1, "first-order MAML")) if "maml" in names else ():
-        print(f"{name}: meta-training for {seconds:.0f} s", flush=True)
-        begin, rate, iterations = meta_train(sample, problem, objective, first_rate, order, seconds, args)
-        trained[name] = {"seconds": seconds, "iterations": iterations}
-
-        def start(task, rate, begin=begin):
-            for w in adapt(begin.expand(len(task.query_x), -1), rate, zip(task.context_x, task.context_y), objective):
-                yield problem.predictor(w, task.query_x)
-
-        runs[name] = Run(start, [rate], *fresh)
+        lbfgs = functools.partial(torch.optim.LBFGS, max_iter=3, max_eval=50, history_size=10, line_search_fn="strong_wolfe")
+        all_data = lambda task: itertools.repeat(common.seen(task, K), MARKS[-1])
+        runs["L-BFGS, all data"] = rival(lbfgs, torch.zeros, [1.0], all_data, MARKS, [N * K] * len(MARKS))
+    if "maml" in names:
+        first_rate, _ = pick(sgd)
+        for order, name in ((2, "MAML"), (1, "first-order MAML")):
+            print(f"{name}: meta-training for {seconds:.0f} s", flush=True)
+            start, rate, iterations = meta_train(trained.sample, problem, first_rate, order, seconds, args)
+            runs[name] = rival(torch.optim.SGD, lambda B, P, device, start=start: start.repeat(B, 1), [rate])
+            training[name] = {"seconds": seconds, "iterations": iterations}
 
     chosen, found = {name: pick(run) for name, run in runs.items()}, {name: [] for name in runs}
-    for task in common.evaluation_tasks(lambda B: sample(B, S), args.eval_tasks, stream=stream):
+    for task in trained.tasks(S):
         for name, run in runs.items():
-            predictions, times = trace(run, task, chosen[name][0], args)
-            found[name].append([torch.stack([f(p, task.query_y).mean(1) for p in predictions], 1) for f in (problem.metric, problem.loss)] + [times])
+            found[name].append(trace(run, task, chosen[name][0], trained))
     rows = {}
-    for name, chunks in found.items():
-        metrics, losses, times = zip(*chunks)
-        rate, end = chosen[name]
-        extra = dict(observations=runs[name].observations, seconds=[median(t) for t in zip(*times)], rate=rate, end=end)
-        rows[name] = common.summary(metrics, list(runs[name].steps), loss=common.summary(losses)["mean"], **extra)
+    for name, run in runs.items():
+        (rate, end), (metrics, times) = chosen[name], zip(*found[name])
+        rows[name] = common.summary(metrics, run.steps, observations=run.observations, rate=rate, end=end)
+        rows[name]["seconds"] = [median(chunks) for chunks in zip(*times)]
         if name != "this model":
             rows[name]["faster"] = faster(rows["this model"], rows[name])
-    return rows, trained
-
-
-def say(rows, metric):
-    """One line a rival: where it ends, and how many times faster the model gets there."""
-    best = min(rows["this model"]["mean"])
-    for name, row in list(rows.items())[1:]:
-        ratio, end = row["faster"], row["end"]
-        verdict = f"never reaches it ({best:.3g} at best)" if ratio is None else f"reaches it {max(ratio, 1 / ratio):.3g} times {'faster' if ratio > 1 else 'slower'}"
-        print(f"{name}: {metric} {row['mean'][end]:.3g} after {row['seconds'][end]:.3g} s, {row['observations'][end]} observations; this model {verdict}")
+    return rows, training
 
 
 def plot(report, path):
-    """The metric against seconds, and against observations seen."""
+    """The metric against seconds, and against observations seen, of which L-BFGS has all from the start."""
     plt = common.pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(12, 5.6), sharey=True)
     for (name, row), color in zip(report["rows"].items(), common.COLORS):
-        style = dict(color=color, marker="o", markevery=[row["end"]], lw=2.5 if name == "this model" else 1.3, label=name)
-        if len(set(row["observations"])) == 1:  # all steps see the same: it stops where it ends
-            end = row["end"]
-            axes[0].plot(row["seconds"][: end + 1], row["mean"][: end + 1], **style)
-            axes[1].plot(row["observations"][end], row["mean"][end], **style | dict(markevery=None))
-        else:
-            axes[0].plot(row["seconds"], row["mean"], **style)
-            axes[1].plot(row["observations"], row["mean"], **style)
+        style = dict(marker="o", markevery=[row["end"]], color=color, lw=2.5 if name == "this model" else 1.3, label=name)
+        stop = row["end"] + 1 if "L-BFGS" in name else None  # it stands still from there on
+        for ax, key in zip(axes, ("seconds", "observations")):
+            ax.plot(row[key][:stop], row["mean"][:stop], **style)
     args = report["args"]
     axes[0].set(xlabel=f"seconds for {report['batch']} tasks at once", ylabel=report["metric"])
     axes[1].set(xlabel="observations seen, a task (grey: what this model is trained up to)")
@@ -233,21 +223,17 @@ def plot(report, path):
 
 def main(argv=None):
     wanted = get_args(argv)
-    script, args = bench.read_checkpoint(wanted)
-    data, model, _, sample = bench.load(script, args)
-    metric, unit, stream = bench.scoring(script, args)
-    s = importlib.import_module(script)
-    y_dim = 1 if script == "linreg" else s.CLASSES
-    problem = Problem(predictor_on(s.basis, y_dim), s.basis(torch.zeros(args.dim)).numel() * y_dim, s.loss, metric)
-    iterations, seconds = common.trained(args)
+    trained = reports.read_checkpoint(wanted)
+    _, seconds = common.trained(trained.args)
     if not (wanted.baseline_seconds or seconds) and "maml" in wanted.baseline:
         common.fail(f"{wanted.file} was not trained yet: say with --baseline-seconds how long maml may be")
-    report = bench.header(wanted, args) | {
-        "script": script, "args": args.description["args"], "data": data, "iterations": iterations,
-        "train_seconds": round(seconds, 1), "batch": min(32, args.eval_tasks), "metric": unit,
-    }  # fmt: skip
-    report["rows"], report["meta_training"] = race(model, sample, problem, wanted.baseline, wanted.baseline_seconds or seconds, args, stream)
-    say(report["rows"], unit)
+    rows, training = race(trained, wanted.baseline, wanted.baseline_seconds or seconds)
+    report = trained.report | {"rows": rows, "meta_training": training}
+    for name, row in list(rows.items())[1:]:
+        end, ratio = row["end"], row["faster"]
+        verdict = f"{ratio:.3g} times as long as this model takes to it" if ratio else "this model never reaches it"
+        print(f"{name}: {report['metric']} {row['mean'][end]:.3g} after {row['seconds'][end]:.3g} s,", end=" ")
+        print(f"{row['observations'][end]} observations; {verdict}")
     common.write_json(wanted.out, report)
     plot(report, os.path.splitext(wanted.out)[0] + ".png")
 

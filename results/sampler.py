@@ -13,8 +13,8 @@ from statistics import median
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import bench
 import common
+import reports
 import toposort
 
 import numpy as np
@@ -23,7 +23,10 @@ REPEATS, GRAPHS, NODES, ROWS = 7, 64, 8, 320
 
 
 def get_args(argv=None):
-    return bench.read_args("results/sampler.py", __doc__, lambda add: None, "out/sampler.json", argv)
+    args = reports.parse_args(reports.make_parser("results/sampler.py", __doc__), argv)
+    if args.more:
+        common.fail(f"{args.more[0]}: results/sampler.py has no such flag, what it measures is fixed")
+    return args
 
 
 def simulate_loop(graph, mechanism, shift, n, random):
@@ -53,21 +56,19 @@ def measure(mechanism):
         start = time.process_time()
         toposort.simulate(graph, mechanism, "in", ROWS)
         middle = time.process_time()
-        for one in graph.numpy()[:8]:
+        for one in graph.numpy():
             simulate_loop(one, mechanism, "in", ROWS, random)
-        turns.append((1000 * (middle - start) / GRAPHS, 1000 * (time.process_time() - middle) / 8))
+        turns.append((1000 * (middle - start) / GRAPHS, 1000 * (time.process_time() - middle) / GRAPHS))
     ratio = median(loop / ours for ours, loop in turns)
     return {"ms": median(ours for ours, _ in turns), "loop": median(loop for _, loop in turns), "ratio": ratio, "turns": turns}
 
 
 def main(argv=None):
     wanted = get_args(argv)
-    if wanted.more:
-        common.fail(f"{wanted.more[0]}: results/sampler.py has no such flag, what it measures is fixed")
-    report = bench.header(wanted, bench.read_flags("toposort", "--device=cpu")) | {"nodes": NODES, "rows": ROWS}
+    report = reports.header(wanted, reports.read_flags("toposort", "--device=cpu")) | {"nodes": NODES, "rows": ROWS}
     for mechanism in toposort.MECHANISMS:
         report[mechanism] = row = measure(mechanism)
-        print(f"{mechanism}, {NODES} nodes, {ROWS} rows: {row['ms']:.3f} ms of processor a data set, plain numpy loop {row['loop']:.3f}: {row['ratio']:.1f} times faster")
+        print(f"{mechanism}: {row['ms']:.3f} ms of processor a data set, plain numpy loop {row['loop']:.3f}: {row['ratio']:.1f} times faster")
     common.write_json(wanted.out, report)
 
 
