@@ -452,6 +452,19 @@ def test_a_shard_of_nothing_but_damaged_images(source):
     assert json.load(open(FOLDER / "features.json"))["count"]["train"] == 7
 
 
+def test_all_shards_of_imagenet_can_be_mapped_at_once():
+    """Each holds its file open, of which a process may have 1,024 on many machines."""
+    resource = pytest.importorskip("resource")
+    np.save("shard.npy", np.zeros(5, imagenet.row_type(3)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+    try:
+        maps = [imagenet.read_shard("shard.npy", 3) for _ in range(0, 1_281_167 + 50_000, imagenet.SHARD)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(rows is not None for rows in maps)
+
+
 @pytest.mark.parametrize("damage", ("truncated", "removed", "another size"))
 def test_a_damaged_shard_is_refused_in_training_and_made_again_by_extraction(damage, source, capsys):
     run_extraction()
