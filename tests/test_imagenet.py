@@ -499,6 +499,13 @@ def test_shards_of_another_extraction_are_told_by_their_number_of_images(source,
     refused(capsys, "12 images of train", "imagenet", "--data-dir data")
 
 
+def test_shards_of_another_extraction_are_not_counted_anew(source, capsys):
+    run_extraction()
+    shutil.copy(FOLDER / "test-00001.npy", FOLDER / "train-00001.npy")
+    run_extraction()
+    refused(capsys, "12 images of train", "imagenet", "--data-dir data")
+
+
 def test_features_of_other_weights_are_never_mixed(source, capsys):
     run_extraction()
     shutil.copy("hub/hubconf.py", "hub/before.py")
@@ -568,7 +575,8 @@ def test_cifar_through_torchvision(source, monkeypatch):
     assert facts["count"] == {"train": 10, "test": 4}
     image, label = datasets.CIFAR10("pictures", train=False)[3]
     assert parts["test"][0][1][3] == label
-    pixels = imagenet.dinov2_preprocess()(image).mean((1, 2))
+    _, preprocess, _ = imagenet.load_backbone(argparse.Namespace(backbone="dinov2_vits14", hub_dir="hub", weights=None, device="cpu"))
+    pixels = preprocess(image).mean((1, 2))
     np.testing.assert_allclose(parts["test"][0][0][3][:3], pixels + 0.5, rtol=5e-3, atol=5e-3)
 
 
