@@ -390,20 +390,20 @@ def open_source(args, preprocess):
 
 
 class Decoded(torch.utils.data.Dataset):
-    """Batches of (index, preprocessed image, label), made in worker processes, without images that cannot be decoded; None if none can."""
+    """A torchvision dataset in which an image that cannot be decoded is black and has the label -1."""
 
     def __init__(self, images):
         self.images = images
 
-    def __getitem__(self, batch):
-        rows = []
-        for index in batch:
-            try:
-                rows.append((index, *self.images[index]))
-            except Exception as problem:  # decoders raise errors of all kinds
-                if getattr(problem, "errno", None) or isinstance(problem, MemoryError):
-                    raise  # a disk, a network or the memory failed, not this image
-        return torch.utils.data.default_collate(rows) if rows else None
+    def __getitem__(self, index):
+        from PIL import Image
+
+        try:
+            return self.images[index]
+        except Exception as problem:  # decoders raise errors of all kinds
+            if getattr(problem, "errno", None) or isinstance(problem, MemoryError):
+                raise  # a disk, a network or the memory failed, not this image
+            return self.images.transform(Image.new("RGB", (256, 256))), -1
 
 
 def quiet_worker(_):
@@ -476,30 +476,28 @@ def extract_split(split, images, model, size, folder, args):
     shards = {folder / f"{split}-{i:05d}.npy": shard for i, shard in enumerate(indices.split(SHARD))}
     todo = {path: shard.split(args.batch) for path, shard in shards.items() if read_shard(path, size) is None}
     plan = [batch.tolist() for batches in todo.values() for batch in batches]
-    left, pixels, start = sum(map(len, plan)), None, time.time()
+    left, start = sum(map(len, plan)), time.time()
     workers = dict(num_workers=args.workers, worker_init_fn=quiet_worker, pin_memory=args.device.startswith("cuda"))
-    decoded = iter(torch.utils.data.DataLoader(Decoded(images), batch_size=None, sampler=plan, **workers))  # runs on while a shard is written
+    decoded = iter(torch.utils.data.DataLoader(Decoded(images), batch_sampler=plan, **workers))  # workers go on while a shard is written
     with tqdm(desc=split, total=len(images), initial=len(images) - left, unit="image", dynamic_ncols=True) as bar:
         for path, batches in todo.items():
             rows = []
-            for batch, good in zip(batches, decoded):
-                if good is not None:
-                    index, pixels, label = good
-                    x = forward(model, pixels, args).half()
-                    if not x.isfinite().all():
-                        common.fail(f"{args.backbone} gives features that are not finite in half precision")
-                    rows += zip(index.tolist(), label.tolist(), x.numpy())
+            for batch, (pixels, label) in zip(batches, decoded):
+                x, good = forward(model, pixels, args).half(), label >= 0
+                if not x.isfinite().all():
+                    common.fail(f"{args.backbone} gives features that are not finite in half precision")
+                rows += zip(batch[good].tolist(), label[good].tolist(), x[good].numpy())
                 bar.update(len(batch))
             content = np.array(rows, row_type(size))
             common.replace_file(str(path), lambda f: np.save(f, content))
-    if not todo:
-        print(f"{split}: nothing to do, all of it was there")
-    if pixels is not None:
+    if todo:
         speed, start = left / (time.time() - start), time.time()
         for _ in range(3):
             forward(model, pixels, args)
         alone = 3 * len(pixels) / (time.time() - start)
         print(f"{split}: {speed:.1f} images/s, {100 * speed / alone:.0f}% of the {alone:.1f} that the backbone does by itself")
+    else:
+        print(f"{split}: nothing to do, all of it was there")
     kept = np.concatenate([read_shard(path, size)["image"] for path in shards])
     name = lambda i: os.path.relpath(images.samples[i][0], args.source) if args.extract == "imagenet" else f"{split} {i}"
     return [name(i) for i in np.setdiff1d(indices, kept)]

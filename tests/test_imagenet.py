@@ -402,7 +402,7 @@ def test_killed_and_resumed_it_does_no_finished_shard_again_and_ends_the_same(mo
     assert [p.name for p in FOLDER.glob("*.npy")] == ["train-00000.npy"]
     refused(capsys, "did not finish", "imagenet", "--data-dir data")
     first, seen, decode = (FOLDER / "train-00000.npy").stat(), [], imagenet.Decoded.__getitem__
-    monkeypatch.setattr(imagenet.Decoded, "__getitem__", lambda self, batch: seen.extend(batch) or decode(self, batch))
+    monkeypatch.setattr(imagenet.Decoded, "__getitem__", lambda self, index: seen.append(index) or decode(self, index))
     run_extraction()
     assert seen == [*range(5, 12), *range(8)] and (FOLDER / "train-00000.npy").stat().st_mtime_ns == first.st_mtime_ns
     for path in Path("straight/features/dinov2_vits14/imagenet").glob("*.npy"):
