@@ -328,7 +328,7 @@ def get_extraction_args(argv):
     add = parser.add_argument
     add("--extract", choices=("imagenet", "cifar10", "cifar100"), required=True, help="the dataset")
     add("--source", type=common.path, required=True, help="of ImageNet: train/ and val/, with a folder a class; of CIFAR: torchvision's folder")
-    add("--backbone", type=common.path, default="dinov2_vits14", help="a model of DINOv2's hub, or torchvision:NAME, a classifier without its last layer")
+    add("--backbone", type=common.path, default="dinov2_vits14", help="of DINOv2's hub, or torchvision:NAME, a classifier without its last layer")
     add("--weights", type=common.path, metavar="FILE", help="a state dict to use instead of the published one")
     add("--hub-dir", type=common.path, metavar="DIR", help="a copy of github.com/facebookresearch/dinov2")
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA") or "data", help="writes to its features/ (default: $IAI_DATA or data/)")
@@ -352,8 +352,8 @@ def load_backbone(args):
                 hub, where = (args.hub_dir, "local") if args.hub_dir else ("facebookresearch/dinov2", "github")
                 model = torch.hub.load(hub, name, source=where, trust_repo=True, skip_validation=True, pretrained=not args.weights)
                 resize = transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC)
-                normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-                preprocess = transforms.Compose([resize, transforms.CenterCrop(224), transforms.ToTensor(), normalize])  # as it evaluates
+                normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # as its repository evaluates
+                preprocess = transforms.Compose([resize, transforms.CenterCrop(224), transforms.ToTensor(), normalize])
             else:
                 model = models.get_model(name, weights=None if args.weights else "DEFAULT")
                 preprocess = models.get_model_weights(name).DEFAULT.transforms()
@@ -367,8 +367,8 @@ def load_backbone(args):
         model.requires_grad_(False).eval().to(args.device)
         return model, preprocess, forward(model, preprocess(Image.new("RGB", (256, 256)))[None], args).shape[1]
     except Exception as problem:  # a network, an archive, a pickle or a hub's own code: each raises errors of its own
-        what, reason = args.backbone + (f" with {args.weights}" if args.weights else ""), str(problem).partition("\n")[0]
-        common.fail(f"cannot load {what}: {reason} (--weights FILE and --hub-dir DIR take what is on disk)")
+        what = args.backbone + (f" with {args.weights}" if args.weights else "")
+        common.fail(f"cannot load {what}: {str(problem).partition(chr(10))[0]} (--weights FILE and --hub-dir DIR take what is on disk)")
 
 
 def open_source(args, preprocess):
@@ -483,9 +483,10 @@ def extract_split(split, images, model, size, folder, args):
         for path, batches in todo.items():
             rows = []
             for batch, (pixels, label) in zip(batches, decoded):
-                x, good = forward(model, pixels, args).half(), label >= 0
+                x = forward(model, pixels, args).half()
                 if not x.isfinite().all():
                     common.fail(f"{args.backbone} gives features that are not finite in half precision")
+                good = label >= 0
                 rows += zip(batch[good].tolist(), label[good].tolist(), x[good].numpy())
                 bar.update(len(batch))
             content = np.array(rows, row_type(size))
