@@ -16,16 +16,13 @@ or they are the .npz files of a stand-in: MobileNetV2 on Tiny ImageNet. Without 
 
 import collections
 import contextlib
-import datetime
 import hashlib
 import json
 import os
 import signal
 import socket
-import struct
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import common  # before torch: it answers --help by itself
@@ -38,7 +35,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-DATASETS = ("imagenet", "cifar10", "cifar100")  # what --extract knows
 NAMES = {
     "imagenet": "ImageNet", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
     "tiny_imagenet": "Tiny ImageNet", "synthetic": "synthetic Gaussian classes (no images)", "strangers": "other synthetic Gaussian classes",
@@ -73,22 +69,22 @@ def get_args(argv=None):
 
 
 MOBILENET = "mobilenet_v2"  # the stand-in for DINOv2: features/tiny_imagenet.npz, cifar10.npz and cifar100.npz
-SYNTHETIC = "synthetic"
 FAMILIES, MEMBERS, FAMILY_STD, MEMBER_STD = 20, 10, 0.5, 0.3  # of the synthetic classes
 NOISE_STD = (1 - FAMILY_STD**2 - MEMBER_STD**2) ** 0.5  # so that features have unit variance
 
 
 def read_npz(path):
     """Features of the stand-in, int8 numbers times `scale`, in the form of read_features."""
+    parts = {}
     try:
         with np.load(path) as f:
-            parts = {split: [(f[f"x_{split}"] * f["scale"].astype(np.float16), f[f"y_{split}"])] for split in ("train", "test")}
-        for ((x, y),) in parts.values():
-            if x.ndim != 2 or not x.size or not np.isfinite(x).all() or x.shape[1] != parts["train"][0][0].shape[1]:
-                raise ValueError
-            if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or y.min() < 0 or y.max() > 10**6:
-                raise ValueError
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zipfile.zlib.error):
+            for split in ("train", "test"):
+                x, y = f[f"x_{split}"] * f["scale"].astype(np.float16), f[f"y_{split}"]
+                whole = x.ndim == 2 and x.size and np.isfinite(x).all() and y.shape == x.shape[:1]
+                if not whole or y.dtype.kind not in "iu" or y.min() < 0 or y.max() > 10**6:
+                    raise ValueError
+                parts[split] = [(x, y)]
+    except Exception:  # numpy and zip raise a dozen kinds, and every one means the same to the user
         common.fail(f"{path} is damaged, or no file of features (x_train, y_train, x_test, y_test, scale)")
     return parts, {"backbone": "MobileNetV2", "size": 1280, "weights_sha256": None}
 
@@ -111,8 +107,7 @@ def principal(parts, dim):
 def standardise(parts, statistics, device):
     """Shards -> x (n, dim) on the device, standardised, in half precision (ImageNet should fit), and y (n,), sorted by class."""
     mean, vectors, unit = (s.to(device) for s in statistics)
-    chunks = (x[i : i + 20_000] for x, _ in parts for i in range(0, len(x), 20_000))
-    x = torch.cat([((torch.from_numpy(np.ascontiguousarray(c)).to(device).float() - mean) @ vectors / unit).half() for c in chunks])
+    x = torch.cat([((torch.tensor(x, device=device).float() - mean) @ vectors / unit).half() for x, _ in parts])
     y, order = torch.from_numpy(np.concatenate([y for _, y in parts]).astype(np.int64)).to(device).sort(stable=True)
     return x[order], y
 
@@ -142,27 +137,22 @@ def draw_synthetic(key, seed, args):
     return make_features(key, NAMES[key], draw(200), draw(50), means.to(args.device))
 
 
-def find(dataset, args):
-    """Where the features of a dataset would lie, and how they are read."""
-    folder = Path(args.data_dir, "features")
-    return (folder / f"{dataset}.npz", read_npz) if args.features == MOBILENET else (folder / args.features / dataset, read_features)
-
-
 def load(args):
     """-> {"id": what is trained on, "ood_cifar10": ..., ...}; args.features becomes the backbone. `auto` says loudly when it finds none."""
     if args.features == "auto":
-        found = [path.parent.parent.name for path in sorted(Path(args.data_dir, "features").glob("*/imagenet/features.json"))]
+        folder = Path(args.data_dir, "features")
+        found = sorted(path.parts[-3] for path in folder.glob("*/imagenet/features.json"))
         if len(found) > 1:
             common.fail(f"{args.data_dir} has features of several backbones: choose one with --features {'|'.join(found)}")
-        args.features = found[0] if found else MOBILENET
-        if not found and not find("tiny_imagenet", args)[0].exists():
-            print(f"WARNING: no features in {args.data_dir}/features: drawing SYNTHETIC Gaussian classes instead. Nothing below is about images.")
-            args.features = SYNTHETIC
+        stand_in = (folder / "tiny_imagenet.npz").exists()
+        args.features = found[0] if found else MOBILENET if stand_in else "synthetic"
+        if args.features == "synthetic":
+            print(f"WARNING: no features in {folder}: drawing SYNTHETIC Gaussian classes instead. Nothing below is about images.")
             if not args.out_given:  # runs on features of images and on drawn ones never share a folder by default
                 args.out += "-synthetic"
                 common.check_out(args)
     args.description["args"]["features"] = args.features  # what --resume and --eval will ask for, without a fallback
-    if args.features == SYNTHETIC:
+    if args.features == "synthetic":
         data = {"id": draw_synthetic("synthetic", 1, args), "ood": draw_synthetic("strangers", 2, args)}
     else:
         data = load_images(args)
@@ -173,23 +163,24 @@ def load(args):
 
 def load_images(args):
     """Features of images, all standardised with the statistics of what is trained on."""
-    data, first = {}, "tiny_imagenet" if args.features == MOBILENET else "imagenet"
-    for split, dataset in {"id": first, "ood_cifar10": "cifar10", "ood_cifar100": "cifar100"}.items():
-        path, read = find(dataset, args)
+    data, folder, stand_in = {}, Path(args.data_dir, "features"), args.features == MOBILENET
+    datasets = {"id": "tiny_imagenet" if stand_in else "imagenet", "ood_cifar10": "cifar10", "ood_cifar100": "cifar100"}
+    for split, dataset in datasets.items():
+        path = folder / f"{dataset}.npz" if stand_in else folder / args.features / dataset
         if not path.exists() and split == "id":
             common.fail(f"no features at {path}: extract them (imagenet.py --extract imagenet --help), or drop --features")
         if not path.exists():
             print(f"{split} will not run: no features at {path}")
             continue
-        parts, facts = read(path)
+        parts, facts = read_npz(path) if stand_in else read_features(path)
         if split == "id":
-            trained_on, statistics = facts, principal(parts["train"], args.dim)
-        if facts["weights_sha256"] != trained_on["weights_sha256"] or parts["train"][0][0].shape[1] != len(statistics[1]):
+            weights, statistics = facts["weights_sha256"], principal(parts["train"], args.dim)
+        d, dim = statistics[1].shape
+        if facts["weights_sha256"] != weights or any(x.shape[1] != d for part in parts.values() for x, _ in part):
             common.fail(f"{path} and the features that are trained on come from different weights: extract one of them again")
-        dim = statistics[1].shape[1]
-        kept = f" ({dim} of {facts['size']:,} dimensions by PCA)" if dim < facts["size"] else ""
+        name = f"{NAMES[dataset]}, {facts['backbone']} features ({dim} of {facts['size']:,} dimensions by PCA)"
         train, test = (standardise(parts[s], statistics, args.device) for s in ("train", "test"))
-        data[split] = make_features(dataset, f"{NAMES[dataset]}, {facts['backbone']} features{kept}", train, test)
+        data[split] = make_features(dataset, name, train, test)
     return data
 
 
@@ -324,125 +315,95 @@ def evaluate(model, features, args):
 
 # ---------------------------------------------------------------- extraction
 #
-# Features of images by a frozen backbone, computed once. features/BACKBONE/DATASET/ holds shards of 1,024 images,
-# train-00000.npy ... test-00000.npy ..., each moved into place when it is whole, and features.json: what they are and, once
-# all are there, how many. A kill costs the shard that was being computed.
+# Features of images by a frozen backbone, computed once. features/BACKBONE/DATASET/ holds shards, train-00000.npy ...
+# test-00000.npy ..., each moved into place when it is whole, and features.json: what they are and how many. A kill costs the
+# shard that was being computed.
 
 
-DINOV2 = ("dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14")
-SHARD = 1024  # images in a file
+SHARD = 4096  # images in a file: ImageNet in some 330, since every memory map holds its file open and 1,024 is a usual limit
 
 
 def get_extraction_args(argv):
-    about = "Features of a dataset by a frozen backbone. The same command again goes on where it was stopped."
-    parser = common.Parser(prog="imagenet.py --extract imagenet", description=about, allow_abbrev=False)
+    parser = common.Parser(prog="imagenet.py --extract imagenet", description=extract.__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--extract", choices=DATASETS, required=True, help="the dataset")
-    add("--source", type=common.path, required=True, help="imagenet: the folder of train/ and val/, which have a folder for each class; CIFAR: torchvision's folder")
-    add("--backbone", type=backbone, default=DINOV2[0], help=f"{', '.join(DINOV2)}, or torchvision:NAME for any of its classifiers (the layer before the last)")
+    add("--extract", choices=("imagenet", "cifar10", "cifar100"), required=True, help="the dataset")
+    add("--source", type=common.path, required=True, help="of ImageNet: train/ and val/, with a folder a class; of CIFAR: torchvision's folder")
+    add("--backbone", type=common.path, default="dinov2_vits14", help="of DINOv2's hub, or torchvision:NAME, a classifier without its last layer")
     add("--weights", type=common.path, metavar="FILE", help="a state dict to use instead of the published one")
     add("--hub-dir", type=common.path, metavar="DIR", help="a copy of github.com/facebookresearch/dinov2")
-    add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA") or "data", help="writes to its features/BACKBONE/ (default: $IAI_DATA or data/)")
+    add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA") or "data", help="writes to its features/ (default: $IAI_DATA or data/)")
     add("--batch", type=common.count, default=64, help="images in a forward pass")
     add("--workers", type=common.number(int, 0), default=os.cpu_count(), help="processes that decode images; 0: none but this one")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
     args.device, _, _ = common.pick_device(args.device, "auto")
-    socket.setdefaulttimeout(20)
     return args
 
 
-def backbone(text):
-    """An argparse type."""
-    if text not in DINOV2:
-        from torchvision import models
-
-        if text not in [f"torchvision:{name}" for name in models.list_models(module=models)]:
-            raise common.argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DINOV2)} and no classifier torchvision:NAME")
-    return text
-
-
-# ---------------------------------------------------------------- extraction: images and backbones
-
-
-def first_line(problem):
-    return (str(problem).splitlines() or [type(problem).__name__])[0]
-
-
-def open_source(args):
-    """-> {"train": ..., "test": ...}, torchvision's datasets: (PIL image, label) by index."""
-    from torchvision import datasets
-
-    if not os.path.isdir(args.source):
-        common.fail(f"--source {args.source} is no folder")
-    try:
-        if args.extract == "imagenet":
-            images = {split: datasets.ImageFolder(os.path.join(args.source, part)) for split, part in (("train", "train"), ("test", "val"))}
-        else:
-            kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[args.extract]
-            with contextlib.redirect_stderr(sys.stdout):  # downloads announce themselves; stderr is for what is wrong
-                images = {split: kind(args.source, train=split == "train", download=True) for split in ("train", "test")}
-    except (OSError, RuntimeError) as problem:
-        common.fail(f"--source {args.source} does not hold {NAMES[args.extract]}: {first_line(problem)}")
-    if images["train"].classes != images["test"].classes:
-        common.fail(f"--source {args.source}: train/ and val/ do not have the same classes")
-    return images
-
-
 def load_backbone(args):
-    """-> a network from images to features (B, d), and the preprocessing that it was trained for."""
-    from torchvision import models
+    """-> a network from images to features (B, d), the preprocessing that it was trained for, and d."""
+    from PIL import Image
+    from torchvision import models, transforms
 
     name = args.backbone.removeprefix("torchvision:")
     try:
-        with contextlib.redirect_stderr(sys.stdout):
+        with contextlib.redirect_stderr(sys.stdout):  # downloads announce themselves; stderr is for what is wrong
             if name == args.backbone:
-                where = dict(source="local") if args.hub_dir else dict(skip_validation=True, trust_repo=True)
-                model = torch.hub.load(args.hub_dir or "facebookresearch/dinov2", name, pretrained=not args.weights, verbose=False, **where)
-                preprocess = dinov2_preprocess()
+                hub, where = (args.hub_dir, "local") if args.hub_dir else ("facebookresearch/dinov2", "github")
+                model = torch.hub.load(hub, name, source=where, trust_repo=True, skip_validation=True, pretrained=not args.weights)
+                resize = transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC)
+                normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # as its repository evaluates
+                preprocess = transforms.Compose([resize, transforms.CenterCrop(224), transforms.ToTensor(), normalize])
             else:
-                published = models.get_model_weights(name).DEFAULT
-                model, preprocess = models.get_model(name, weights=None if args.weights else published), published.transforms()
-            if args.weights:
-                model.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
+                model = models.get_model(name, weights=None if args.weights else "DEFAULT")
+                preprocess = models.get_model_weights(name).DEFAULT.transforms()
+        if args.weights:
+            model.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
+        if name != args.backbone:
+            linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+            if not linear:
+                raise ValueError("it does not end in a linear layer")
+            model.set_submodule(linear[-1], nn.Identity())
+        model.requires_grad_(False).eval().to(args.device)
+        return model, preprocess, forward(model, preprocess(Image.new("RGB", (256, 256)))[None], args).shape[1]
     except Exception as problem:  # a network, an archive, a pickle or a hub's own code: each raises errors of its own
-        files = f" with {args.weights}" if args.weights else ""
-        common.fail(f"cannot load {args.backbone}{files}: {first_line(problem)} (--weights FILE and --hub-dir DIR take what is on disk)")
-    if name != args.backbone:
-        linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if not linear:
-            common.fail(f"--backbone {args.backbone} does not end in a linear layer: choose another")
-        model.set_submodule(linear[-1], nn.Identity())
-    return model.requires_grad_(False).eval().to(args.device), preprocess
+        what = args.backbone + (f" with {args.weights}" if args.weights else "")
+        common.fail(f"cannot load {what}: {str(problem).partition(chr(10))[0]} (--weights FILE and --hub-dir DIR take what is on disk)")
 
 
-def dinov2_preprocess():
-    """As its repository evaluates (dinov2/data/transforms.py)."""
-    from torchvision import transforms as t
+def open_source(args, preprocess):
+    """-> {"train": ..., "test": ...}, torchvision's datasets: (preprocessed image, label) by index."""
+    from torchvision import datasets
 
-    resize = t.Resize(256, interpolation=t.InterpolationMode.BICUBIC)
-    return t.Compose([resize, t.CenterCrop(224), t.ToTensor(), t.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    try:
+        with contextlib.redirect_stderr(sys.stdout):
+            if args.extract == "imagenet":
+                train, test = (datasets.ImageFolder(os.path.join(args.source, part), preprocess) for part in ("train", "val"))
+            else:
+                cifar, there = getattr(datasets, args.extract.upper()), os.path.isdir(args.source)  # a mistyped folder is not made
+                train, test = (cifar(args.source, part == "train", preprocess, download=there) for part in ("train", "test"))
+    except (OSError, RuntimeError) as problem:
+        common.fail(f"--source {args.source} does not hold {NAMES[args.extract]}: {str(problem).partition(chr(10))[0]}")
+    if train.classes != test.classes:
+        common.fail(f"--source {args.source}: train/ and val/ do not have the same classes")
+    return {"train": train, "test": test}
 
 
 class Decoded(torch.utils.data.Dataset):
-    """Batches of (index, label, preprocessed image), made in worker processes, without images that cannot be decoded; None if none can."""
+    """A torchvision dataset in which an image that cannot be decoded is black and has the label -1."""
 
-    def __init__(self, images, preprocess):
-        self.images, self.preprocess = images, preprocess
+    def __init__(self, images):
+        self.images = images
 
-    def __getitem__(self, batch):
-        from PIL.Image import DecompressionBombError
+    def __getitem__(self, index):
+        from PIL import Image
 
-        rows = []
-        for index in batch:
-            try:
-                image, label = self.images[index]
-            except (OSError, SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError) as problem:  # what decoders raise
-                if getattr(problem, "errno", None):
-                    raise  # a disk or a network failed, not this image
-                continue
-            rows.append((index, label, self.preprocess(image.convert("RGB"))))
-        return torch.utils.data.default_collate(rows) if rows else None
+        try:
+            return self.images[index]
+        except Exception as problem:  # decoders raise errors of all kinds
+            if getattr(problem, "errno", None) or isinstance(problem, MemoryError):
+                raise  # a disk, a network or the memory failed, not this image
+            return self.images.transform(Image.new("RGB", (256, 256))), -1
 
 
 def quiet_worker(_):
@@ -456,16 +417,9 @@ def forward(model, pixels, args):
         return model(pixels.to(args.device, non_blocking=True)).flatten(1).float().cpu()
 
 
-# ---------------------------------------------------------------- extraction: files
-
-
 def row_type(size):
     """An image in a shard: its place in the source, its label, its features. A gap in the places is an image that was skipped."""
     return np.dtype([("image", "<i4"), ("label", "<i4"), ("x", "<f2", (size,))])
-
-
-def shard_paths(folder, split, images):
-    return [Path(folder, f"{split}-{i:05d}.npy") for i in range(-(-images // SHARD))]
 
 
 def read_shard(path, size):
@@ -474,123 +428,110 @@ def read_shard(path, size):
         rows = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
         return None
-    return rows if rows.ndim == 1 and rows.dtype == row_type(size) else None
+    return rows if rows.dtype == row_type(size) else None
 
 
 def read_facts(folder):
+    """features.json, which has a "count" once all shards are there."""
     try:
         facts = json.loads(Path(folder, "features.json").read_text())
-        kinds = {"backbone": str, "weights_sha256": str, "size": int, "images": dict}
-        if not all(isinstance(facts[key], kind) for key, kind in kinds.items()) or facts["images"].keys() != {"train", "test"}:
+        if not facts.keys() >= {"backbone", "weights_sha256", "size"}:
             raise ValueError
         return facts
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError):
         common.fail(f"{folder}/features.json is missing or damaged: delete the folder to extract it again")
 
 
 def read_features(folder):
     """A finished extraction, memory-mapped -> {"train": [(x (n, d), y (n,)) of each shard], "test": ...}, features.json."""
-    facts = read_facts(folder)
+    facts, parts = read_facts(folder), {}
     if "count" not in facts:
         common.fail(f"{folder} is an extraction that did not finish: run its command again")
-    parts = {}
-    for split, images in facts["images"].items():
-        shards = [read_shard(path, facts["size"]) for path in shard_paths(folder, split, images)]
-        if any(rows is None for rows in shards):
-            common.fail(f"{folder}: shards of {split} are missing or damaged: run its --extract command again")
-        if sum(map(len, shards)) != facts["count"][split]:
-            common.fail(f"{folder}: shards do not hold {facts['count'][split]} images of {split}: delete the folder to extract it again")
+    for split, count in facts["count"].items():
+        shards = [read_shard(path, facts["size"]) for path in sorted(Path(folder).glob(f"{split}-*.npy"))]
+        if any(rows is None for rows in shards) or sum(map(len, shards)) != count:
+            common.fail(f"{folder} does not hold the {count} images of {split}: run its command again, or delete it if that is no help")
         parts[split] = [(rows["x"], rows["label"]) for rows in shards]
     return parts, facts
 
 
-def describe(args, source, model, preprocess):
+def describe(args, source, model, preprocess, size):
     """What makes features these and no others: a folder is continued with the same only."""
-    from PIL import Image
-
     weights, listing = hashlib.sha256(), hashlib.sha256()
     for name, values in model.state_dict().items():
         weights.update(name.encode() + values.cpu().contiguous().numpy().tobytes())
     for images in source.values():
-        for path, label in getattr(images, "samples", []):
+        for path, label in getattr(images, "samples", []):  # CIFAR is no list of files, and torchvision knows its checksum
             listing.update(os.fsencode(f"{os.path.relpath(path, args.source)} {label}\n"))
     return {
         "dataset": args.extract, "backbone": args.backbone + (f" with {os.path.basename(args.weights)}" if args.weights else ""),
-        "weights_sha256": weights.hexdigest(), "preprocessing": " ".join(str(preprocess).split()),
-        "size": forward(model, preprocess(Image.new("RGB", (256, 256)))[None], args).shape[1],
-        "images": {split: len(images) for split, images in source.items()}, "listing_sha256": listing.hexdigest(),
+        "weights_sha256": weights.hexdigest(), "preprocessing": " ".join(str(preprocess).split()), "listing_sha256": listing.hexdigest(),
+        "size": size, "images_per_shard": SHARD,
     }  # fmt: skip
 
 
-def extract_split(folder, split, images, model, facts, args, bar):
-    """Writes the shards that are missing -> images read, seconds, and the last batch of them."""
-    every, paths = range(len(images.images)), shard_paths(folder, split, len(images.images))
-    shards = [every[i : i + SHARD] for i in every[::SHARD]]
-    todo = [shard for shard, path in zip(shards, paths) if read_shard(path, facts["size"]) is None]
-    plan = [list(shard[i : i + args.batch]) for shard in todo for i in range(0, len(shard), args.batch)]  # no batch is in two shards
-    bar.update(len(every) - sum(map(len, plan)))
-    loader = torch.utils.data.DataLoader(
-        images, batch_size=None, sampler=plan, num_workers=args.workers, worker_init_fn=quiet_worker, pin_memory=args.device.startswith("cuda")
-    )
-    start, rows, last = time.time(), [], None
-    for batch, decoded in zip(plan, loader):
-        if decoded is not None:
-            index, label, last = decoded
-            x = forward(model, last, args).half()
-            if not x.isfinite().all():
-                common.fail(f"{facts['backbone']} gives features that are not finite in half precision")
-            rows += zip(index.tolist(), label.tolist(), x.numpy())
-        bar.update(len(batch))
-        i = batch[0] // SHARD
-        if batch[-1] == shards[i][-1]:
-            shard, rows = np.array(rows, row_type(facts["size"])), []
-            common.replace_file(str(paths[i]), lambda f: np.save(f, shard))
-    return sum(map(len, plan)), time.time() - start, last
+def extract_split(split, images, model, size, folder, args):
+    """Writes the shards that are missing or not whole -> the names of the images that cannot be decoded."""
+    indices = torch.arange(len(images))
+    shards = {folder / f"{split}-{i:05d}.npy": shard for i, shard in enumerate(indices.split(SHARD))}
+    todo = {path: shard.split(args.batch) for path, shard in shards.items() if read_shard(path, size) is None}
+    plan = [batch.tolist() for batches in todo.values() for batch in batches]
+    left, start = sum(map(len, plan)), time.time()
+    workers = dict(num_workers=args.workers, worker_init_fn=quiet_worker, pin_memory=args.device.startswith("cuda"))
+    decoded = iter(torch.utils.data.DataLoader(Decoded(images), batch_sampler=plan, **workers))  # workers go on while a shard is written
+    with tqdm(desc=split, total=len(images), initial=len(images) - left, unit="image", dynamic_ncols=True) as bar:
+        for path, batches in todo.items():
+            rows = []
+            for batch, (pixels, label) in zip(batches, decoded):
+                x = forward(model, pixels, args).half()
+                if not x.isfinite().all():
+                    common.fail(f"{args.backbone} gives features that are not finite in half precision")
+                good = label >= 0
+                rows += zip(batch[good].tolist(), label[good].tolist(), x[good].numpy())
+                bar.update(len(batch))
+            content = np.array(rows, row_type(size))
+            common.replace_file(str(path), lambda f: np.save(f, content))
+    if todo:
+        speed, start = left / (time.time() - start), time.time()
+        for _ in range(3):
+            forward(model, pixels, args)
+        alone = 3 * len(pixels) / (time.time() - start)
+        print(f"{split}: {speed:.1f} images/s, {100 * speed / alone:.0f}% of the {alone:.1f} that the backbone does by itself")
+    else:
+        print(f"{split}: nothing to do, all of it was there")
+    kept = np.concatenate([read_shard(path, size)["image"] for path in shards])
+    name = lambda i: os.path.relpath(images.samples[i][0], args.source) if args.extract == "imagenet" else f"{split} {i}"
+    return [name(i) for i in np.setdiff1d(indices, kept)]
 
 
 def extract(argv):
-    """What --extract does."""
+    """Extracts features of a dataset by a frozen backbone. The same command again goes on where it was stopped."""
     signal.signal(signal.SIGINT, lambda *_: common.fail("interrupted; finished shards are kept, and the same command goes on", 130))
+    socket.setdefaulttimeout(20)
     args = get_extraction_args(argv)
-    source = open_source(args)
-    model, preprocess = load_backbone(args)
-    facts = describe(args, source, model, preprocess)
+    model, preprocess, size = load_backbone(args)
+    source = open_source(args, preprocess)
+    facts = describe(args, source, model, preprocess, size)
     folder = Path(args.data_dir, "features", folder_name(args.backbone), args.extract)
-    before = read_facts(folder) if (folder / "features.json").exists() else facts
+    path = folder / "features.json"
+    before = read_facts(folder) if path.exists() else facts | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     different = [key for key in facts if before.get(key) != facts[key]]
     if different:
         common.fail(f"{folder} holds other features (not the same {', '.join(different)}): delete it, or choose another --data-dir")
-    print(f"{NAMES[args.extract]} through {facts['backbone']} on {args.device}: {facts['size']} features an image; writes to {folder}")
-    done, seconds, last = 0, 0.0, None
+    print(f"{NAMES[args.extract]} through {facts['backbone']} on {args.device}: {size} features an image; writes to {folder}")
+    common.write_json(str(path), before)
     try:
-        common.write_json(str(folder / "features.json"), before)
-        with tqdm(total=sum(facts["images"].values()), unit="image", dynamic_ncols=True) as bar:
-            for split, images in source.items():
-                n, s, batch = extract_split(folder, split, Decoded(images, preprocess), model, facts, args, bar)
-                done, seconds, last = done + n, seconds + s, last if batch is None else batch
+        skipped = {split: extract_split(split, images, model, size, folder, args) for split, images in source.items()}
     except OSError as problem:
         common.fail(f"cannot go on with {folder}: {str(problem).splitlines()[-1]}")
-    if not done and "count" in before:
-        return print("nothing to do: all of it was there")
-    facts |= {"count": {}, "skipped": {}, "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
-    for split, images in source.items():
-        kept = np.concatenate([read_shard(path, facts["size"])["image"] for path in shard_paths(folder, split, len(images))])
-        skipped = sorted(set(range(len(images))) - set(kept.tolist()))
-        facts["count"][split] = len(kept)
-        facts["skipped"][split] = [os.path.relpath(images.samples[i][0], args.source) if args.extract == "imagenet" else f"{split} {i}" for i in skipped]
-        for name in facts["skipped"][split]:
-            print(f"skipped {name}: cannot be decoded")
-        if not len(kept):
-            common.fail(f"no image of {split} can be decoded")
+    count = {split: len(images) - len(skipped[split]) for split, images in source.items()}
+    if not all(count.values()):
+        common.fail("no image of one of the splits can be decoded")
+    facts = before if "count" in before else before | {"count": count, "skipped": skipped}  # counted once: foreign shards do not fit
+    for name in facts["skipped"]["train"] + facts["skipped"]["test"]:
+        print(f"skipped {name}: cannot be decoded")
     print(f"{sum(facts['count'].values())} images, {sum(map(len, facts['skipped'].values()))} skipped")
-    if last is not None:
-        start = time.time()
-        for _ in range(3):
-            forward(model, last, args)
-        speed, alone = done / seconds, 3 * len(last) / (time.time() - start)
-        print(f"{speed:.1f} images/s, {100 * speed / alone:.0f}% of the {alone:.1f} that the backbone does by itself")
-        facts |= {"images_per_second": round(speed, 1), "backbone_images_per_second": round(alone, 1)}
-    common.write_json(str(folder / "features.json"), facts)
+    common.write_json(str(path), facts)
 
 
 # ---------------------------------------------------------------- main

@@ -402,7 +402,7 @@ def test_killed_and_resumed_it_does_no_finished_shard_again_and_ends_the_same(mo
     assert [p.name for p in FOLDER.glob("*.npy")] == ["train-00000.npy"]
     refused(capsys, "did not finish", "imagenet", "--data-dir data")
     first, seen, decode = (FOLDER / "train-00000.npy").stat(), [], imagenet.Decoded.__getitem__
-    monkeypatch.setattr(imagenet.Decoded, "__getitem__", lambda self, batch: seen.extend(batch) or decode(self, batch))
+    monkeypatch.setattr(imagenet.Decoded, "__getitem__", lambda self, index: seen.append(index) or decode(self, index))
     run_extraction()
     assert seen == [*range(5, 12), *range(8)] and (FOLDER / "train-00000.npy").stat().st_mtime_ns == first.st_mtime_ns
     for path in Path("straight/features/dinov2_vits14/imagenet").glob("*.npy"):
@@ -452,6 +452,19 @@ def test_a_shard_of_nothing_but_damaged_images(source):
     assert json.load(open(FOLDER / "features.json"))["count"]["train"] == 7
 
 
+def test_all_shards_of_imagenet_can_be_mapped_at_once():
+    """Each holds its file open, of which a process may have 1,024 on many machines."""
+    resource = pytest.importorskip("resource")
+    np.save("shard.npy", np.zeros(5, imagenet.row_type(3)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+    try:
+        maps = [imagenet.read_shard("shard.npy", 3) for _ in range(0, 1_281_167 + 50_000, imagenet.SHARD)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(rows is not None for rows in maps)
+
+
 @pytest.mark.parametrize("damage", ("truncated", "removed", "another size"))
 def test_a_damaged_shard_is_refused_in_training_and_made_again_by_extraction(damage, source, capsys):
     run_extraction()
@@ -483,6 +496,13 @@ def test_the_layer_before_the_last_of_a_torchvision_classifier_with_weights_from
 def test_shards_of_another_extraction_are_told_by_their_number_of_images(source, capsys):
     run_extraction()
     shutil.copy(FOLDER / "test-00001.npy", FOLDER / "train-00001.npy")
+    refused(capsys, "12 images of train", "imagenet", "--data-dir data")
+
+
+def test_shards_of_another_extraction_are_not_counted_anew(source, capsys):
+    run_extraction()
+    shutil.copy(FOLDER / "test-00001.npy", FOLDER / "train-00001.npy")
+    run_extraction()
     refused(capsys, "12 images of train", "imagenet", "--data-dir data")
 
 
@@ -555,7 +575,8 @@ def test_cifar_through_torchvision(source, monkeypatch):
     assert facts["count"] == {"train": 10, "test": 4}
     image, label = datasets.CIFAR10("pictures", train=False)[3]
     assert parts["test"][0][1][3] == label
-    pixels = imagenet.dinov2_preprocess()(image).mean((1, 2))
+    _, preprocess, _ = imagenet.load_backbone(argparse.Namespace(backbone="dinov2_vits14", hub_dir="hub", weights=None, device="cpu"))
+    pixels = preprocess(image).mean((1, 2))
     np.testing.assert_allclose(parts["test"][0][0][3][:3], pixels + 0.5, rtol=5e-3, atol=5e-3)
 
 
