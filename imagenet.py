@@ -525,8 +525,8 @@ def extract(argv):
     except OSError as problem:
         common.fail(f"cannot go on with {folder}: {str(problem).splitlines()[-1]}")
     count = {split: len(images) - len(skipped[split]) for split, images in source.items()}
-    if not all(count.values()):
-        common.fail("no image of one of the splits can be decoded")
+    if empty := [split for split, images in count.items() if not images]:
+        common.fail(f"no image of {empty[0]} can be decoded")
     facts = before if "count" in before else before | {"count": count, "skipped": skipped}  # counted once: foreign shards do not fit
     for name in facts["skipped"]["train"] + facts["skipped"]["test"]:
         print(f"skipped {name}: cannot be decoded")
