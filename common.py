@@ -4,7 +4,8 @@ Read in this order: `refine`, the greedy loop; `Parametric`, `Explicit`, `Implic
 The second half (flags, files, evaluation, plots) is plumbing and knows nothing of the method.
 
 Shapes: B tasks, K steps (one mini-batch each), N observations in a mini-batch (the context), Q queries, D width,
-T prefixes of a mini-batch, H past states, P numbers in a state, X and Y numbers in an input and in a target.
+T prefixes of a mini-batch, H past states, P numbers in a state, X and Y numbers in an input and in a target, F basis
+functions, C numbers a head. Equations, sections and figures are the paper's.
 """
 
 import argparse
@@ -71,8 +72,8 @@ def draw_size(N, shape, device="cpu"):
 
 def softmax_attention(q, k, v, visible=None, causal=False):
     """softmax(q . k) v over the visible tokens; q (B, heads, S, C), k and v (B, heads, N, C), visible a boolean mask or None."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose kernel is many times slower than in float32, backwards
-        if k.shape[-2] <= 256:  # two products beat either while their maps fit into the cache
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose kernel's backward pass is many times slower than float32's
+        if k.shape[-2] <= 256:  # two plain products beat both kernels while attention maps fit the cache
             scores = ((q * q.shape[-1] ** -0.5) @ k.mT).float()
             visible = prefixes(scores) if causal else visible
             if visible is not None:
@@ -102,7 +103,7 @@ def linear_attention(q, k, v, visible=None, causal=False):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: `nn.TransformerEncoderLayer(norm_first=True, activation="gelu")` in the open."""
+    """Pre-norm transformer block: `nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0, activation="gelu", norm_first=True)` in the open."""
 
     def __init__(self, width, heads, attention="softmax"):
         super().__init__()
@@ -114,7 +115,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, S, C / heads)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, S, C)
 
     def memory(self, h):
         """Keys and values of normed tokens h (B, N, D), for any token that attends to them."""
@@ -217,12 +218,12 @@ class Parametric(nn.Module):
         return self.apply_to(self.basis(x), states)
 
     def apply_to(self, phi, states):
-        """basis(x) @ weights.T, in one product for all prefixes, and in the order whose gradient a CPU multiplies several times faster."""
+        """basis(x) @ weights.T, in one product for all prefixes, and in the order whose backward pass is several times faster on a CPU."""
         weights = states.unflatten(-1, (self.y_dim, -1)).transpose(0, 1).flatten(1, 2)  # (B, T Y, F)
         return (weights @ phi.mT).unflatten(1, (len(states), -1)).transpose(0, 1).mT
 
     def residuals(self, state, phi, y):
-        """Gradient of each observation's loss in its prediction, p - y for the usual losses: (B, P), basis(x) (B, N, F) -> (B, N, Y).
+        """Gradient of each observation's loss in its prediction, p - y for cross-entropy and twice that for squares: (B, P), basis(x) (B, N, F) -> (B, N, Y).
 
         An input of the model, as the gradients are: nothing flows back into it.
         """
@@ -238,7 +239,7 @@ class Parametric(nn.Module):
         """What tokens want of the predictions on phi = basis(x) (B, N, F), as a change of the weights, for each prefix -> (T, B, P).
 
         "span": wanted (B, N, Y), taken back by the Jacobian's transpose, as gradient descent does with -dL/dprediction.
-        "solve": wanted (B, N, Y + 1), the last number the log of a variance: by how much to miss the others. The smallest change
+        "solve": wanted (B, N, Y + 1), the last the log of a variance: how far the others may be missed. The smallest change
         of the weights that does so, J^T (J J^T + diag(variance))^-1 wanted: a posterior mean, if observations were so noisy.
         """
         N = phi.shape[1]

@@ -4,7 +4,7 @@ A task is a vector w ~ N(0, I) in `--dim` dimensions: y = w.x + noise, x ~ N(0, 
 mini-batch of `--context` observations. The metric is the squared error on held-out queries, whose floor is noise^2.
 
     python linreg.py                                # parametric: 0.51 after one step, as the oracle; 0.28 after 5, oracle 0.275
-    python linreg.py --regime explicit              # the same; each takes 3 to 5 minutes on one core
+    python linreg.py --regime explicit              # the same; each takes 4 to 6 minutes on one core
     python linreg.py --regime implicit              # 0.32
 """
 
@@ -56,10 +56,10 @@ def loss(prediction, y):
 
 
 def objective(prediction, y):
-    """The training loss of one step: the log of the squared error, averaged over prefixes; predictions (T, B, Q, 1).
+    """The training loss of one step: the log of the mean squared error of each prefix, then their mean; predictions (T, B, Q, 1).
 
     A first step that sees one observation errs sixty times as much as the last step, and a plain sum would mostly train
-    the former. The log gives all the same say. It is maximum likelihood (sec. 8) under Gaussian noise whose variance is
+    the first. The log gives all the same say. It is maximum likelihood (sec. 8) under Gaussian noise whose variance is
     fitted for each prefix and step.
     """
     return common.average(loss(prediction, y).mean((1, 2))).log().mean()
@@ -114,7 +114,7 @@ def posterior_product(batches, query_x, noise):
     """A reference for states of one number a query: list of k mini-batches x (B, N, dim), y (B, N, 1) -> k answers (B, Q, 1).
 
     Each mini-batch alone gives w.x a Gaussian posterior; the answer multiplies those of the batches so far and divides by
-    the prior that they share. It knows how sure every batch was, and not in which other directions.
+    the prior that they share. It knows how sure each batch was of w.x, and nothing of other directions.
     """
     dim, x_star = query_x.shape[-1], query_x.double()
     prior = 1 / x_star.square().sum(-1)  # precisions (B, Q)
