@@ -25,13 +25,17 @@ if sys.argv[1:2] in (["-h"], ["--help"]):  # argparse will answer and leave: sta
     from unittest.mock import MagicMock
 
     inner = ("distributed", "nn", "nn.attention", "nn.functional", "utils._python_dispatch", "utils.flop_counter")
-    sys.modules.update(dict.fromkeys(["numpy", "scipy.optimize", "torch", *(f"torch.{name}" for name in inner)], MagicMock()))
+    heavy = ["numpy", "scipy.optimize", "matplotlib", "matplotlib.figure", "matplotlib.ticker", "torch", *(f"torch.{name}" for name in inner)]
+    sys.modules.update(dict.fromkeys(heavy, MagicMock()))
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.figure import Figure  # not pyplot: nothing is shown on a screen
+from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
 # A batch of tasks: context_x (K, B, N, X), context_y (K, B, N, Y), query_x (B, Q, X), query_y (B, Q, Y).
@@ -974,27 +978,14 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 def log_axis(ax, which):
     """Makes an axis ("x" or "y") of what is drawn so far logarithmic, with ticks in plain numbers: the fewer, the more decades it spans."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     ax.set(**{f"{which}scale": "log"})
     low, high = getattr(ax, f"get_{which}lim")()
     locator = LogLocator(subs=range(1, 10) if high < 5 * low else (1, 2, 5) if high < 500 * low else (1,))
     getattr(ax, f"{which}axis").set(major_locator=locator, major_formatter="{x:g}", minor_formatter=NullFormatter())
 
 
-def pyplot():
-    """matplotlib.pyplot, for files only. Imported when it is needed, since that takes a second."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def save_figure(fig, path, dpi=130):
     replace_file(path, lambda f: fig.savefig(f, dpi=dpi, format="png"))
-    pyplot().close(fig)
 
 
 def plot_steps(out, results, log_scale=False):
@@ -1002,15 +993,14 @@ def plot_steps(out, results, log_scale=False):
 
     A split is in distribution, out of it, or a family of tasks that its data name describes.
     """
-    plt, args, metrics, log = pyplot(), results["args"], results["metrics"], read_log(out)
+    args, metrics, log = results["args"], results["metrics"], read_log(out)
     K, panels = args["steps"], len(metrics) + bool(log)
-    columns = panels if panels <= 5 else 3
+    many = panels > 5  # in rows of three, with one legend for all
+    columns = 3 if many else panels
     rows = -(-panels // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), squeeze=False)
-    axes = axes.flatten()
-    for ax in axes[panels:]:
-        ax.axis("off")
-    for ax, (split, m) in zip(axes, metrics.items()):
+    fig = Figure(figsize=(4.6 * columns, 3.8 * rows))
+    for place, (split, m) in enumerate(metrics.items(), 1):
+        ax = fig.add_subplot(rows, columns, place)
         ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=COLORS[0], lw=2, capsize=3, label="this model", zorder=3)
         for i, (name, b) in enumerate(results["baselines"][split].items(), 1):
             marker = "." if len(b["steps"]) > 1 else "D"
@@ -1021,21 +1011,22 @@ def plot_steps(out, results, log_scale=False):
         if log_scale:
             log_axis(ax, "y")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if panels <= 5:
+        ax.grid(alpha=0.3)
+        if not many:
             ax.legend(fontsize=7)
-        ax.grid(alpha=0.3)
-    if panels > 5:  # one legend for all
-        fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=9)
+    if many:
+        fig.legend(*ax.get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=9)
     if log:
-        ax = axes[panels - 1]
+        ax = fig.add_subplot(rows, columns, panels)
         for k in range(K):
-            ax.plot([r["iteration"] for r in log], [r["loss"][k] for r in log], color=plt.cm.viridis(k / max(K, 2)), lw=1, label=f"step {k + 1}")
+            color = colormaps["viridis"](k / max(K, 2))
+            ax.plot([row["iteration"] for row in log], [row["loss"][k] for row in log], color=color, lw=1, label=f"step {k + 1}")
         ax.set(title="training loss of each step", xlabel="iteration")
-        ax.legend(fontsize=7, ncols=2 if K > 5 else 1)
         ax.grid(alpha=0.3)
+        ax.legend(fontsize=7, ncols=2 if K > 5 else 1)
     kind = args["regime"] if args["regime"] == "implicit" else f"{args['regime']}, signal {args['signal']}, decoder {args['decoder']}"
     kind += ", with a clock" if args.get("clock") == "steps" else ""
     title = f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}"
     fig.suptitle(textwrap.fill(title, 45 * columns), fontsize=11)
-    fig.tight_layout(rect=(0, 0.06 if panels > 5 else 0, 1, 1))
+    fig.tight_layout(rect=(0, 0.06 if many else 0, 1, 1))
     save_figure(fig, os.path.join(out, "error.png"))

@@ -198,8 +198,8 @@ def race(trained, names, seconds):
 
 def plot(report, path):
     """The metric against seconds, and against observations seen, of which L-BFGS has all from the start."""
-    plt = common.pyplot()
-    fig, axes = plt.subplots(1, 2, figsize=(12, 5.6), sharey=True)
+    fig = common.Figure((12, 5.6))
+    axes = fig.subplots(1, 2, sharey=True)
     for (name, row), color in zip(report["rows"].items(), common.COLORS):
         style = dict(marker="o", markevery=[row["end"]], color=color, lw=2.5 if name == "this model" else 1.3, label=name)
         stop = row["end"] + 1 if "L-BFGS" in name else None  # it stands still from there on
