@@ -58,7 +58,7 @@ def rivals(text):
 
 def get_args(argv=None):
     parser = reports.make_parser("results/race.py", __doc__)
-    add, seconds = parser.add_argument, common.number(float, 0, strict=True)
+    add, seconds = parser.add_argument, common.number(float, 1e-9)
     add("file", type=common.path, metavar="FILE", help="the checkpoint")
     add("--baseline", type=rivals, metavar="LIST", default=RIVALS, help="some of adam,sgd,lbfgs,maml (default: all)")
     add("--baseline-seconds", type=seconds, metavar="SECONDS", help="meta-training of maml, of each order (default: as long as the model was trained)")
