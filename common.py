@@ -399,7 +399,7 @@ def or_fail(message, *how):
     try:
         yield
     except Exception as problem:
-        fail(f"{message} ({textwrap.shorten(str(problem), 100)})", *how)
+        fail(f"{message} ({textwrap.shorten(str(problem) or repr(problem), 100)})", *how)
 
 
 def run(main):
@@ -596,9 +596,8 @@ def parse_args(parser, presets, argv=None):
         args.eval_steps = args.eval_steps or 2 * args.steps
     args.device, args.dtype, reason = pick_device(args.device, args.dtype)
     name = [script, *(f"{flag}_{given[flag]}" for flag in sorted(given.keys() - FREE) if given[flag] != parser.get_default(flag))]
-    beside = os.path.join(os.path.dirname(args.eval or ""), "eval")
-    args.out_given = bool(args.out)
-    args.out = args.resume or args.out or (beside if args.eval else "out/" + "-".join(name))
+    usual = os.path.join(os.path.dirname(args.eval), "eval") if args.eval else "out/" + "-".join(name)
+    args.out_given, args.out = bool(args.out), args.resume or args.out or usual
     check_out(args)
     command = shlex.join(["python", f"{script}.py", *argv])
     if args.resume:  # a run keeps its own, and what is changed for its evaluation
@@ -621,8 +620,8 @@ def check(args, given):
         (args.tasks % RANKS, f"--tasks {args.tasks} is not divisible by the {RANKS} ranks that share them"),
         (args.hidden % args.latent_tokens, f"--hidden {args.hidden} is not divisible by --latent-tokens {args.latent_tokens}"),
         (args.latent_tokens > 1 and not slots, "--latent-tokens above 1 needs --regime explicit --decoder linear --mask none"),
-        (implicit and args.signal != "data", f"--signal {args.signal} needs task parameters to take the gradient of; --regime implicit has none"),
-        (not implicit and not linear and args.update == "direct", "--update direct needs --decoder linear; in the span of the data there are changes only"),
+        (implicit and args.signal != "data", f"--signal {args.signal}: --regime implicit has no parameters to take gradients of (use --signal data)"),
+        (args.update == "direct" and not implicit and not linear, "--update direct needs --decoder linear: the span of the data holds changes only"),
     )
     for wrong, reason in refusals:
         if wrong:
@@ -652,10 +651,8 @@ def pick_device(device, dtype):
 
 def cpuinfo():
     """What Linux says of the processor; nothing elsewhere."""
-    if not os.path.exists("/proc/cpuinfo"):
-        return ""
-    with open("/proc/cpuinfo") as f:
-        return f.read()
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else ""
 
 
 RUN_FILES = ("checkpoint.pt", "log.jsonl", "results.json", "error.png")
@@ -670,7 +667,7 @@ def check_out(args):
         fail(f"{args.out} already holds a run: --overwrite replaces it, --resume goes on with it, another --out leaves it alone")
     out = Path(args.out).absolute()
     existing = next((folder for folder in (out, *out.parents) if os.path.lexists(folder)), out)
-    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         fail(f"cannot write to --out {args.out}: {existing} is not a folder that may be written")
 
 
@@ -767,8 +764,9 @@ class Journal:
 
     def __init__(self, model, optimizer, args):
         self.model, self.optimizer, self.args = model, optimizer, args
-        self.path, self.iteration, self.seconds, self.stop = os.path.join(args.out, "checkpoint.pt"), 0, 0.0, 0  # stop: the signal that came
-        self.rows, self.pending = [], []  # of the log, and of the next of its rows
+        self.path = os.path.join(args.out, "checkpoint.pt")
+        self.iteration, self.seconds, self.stop = 0, 0.0, 0  # stop: the signal that came, if any
+        self.rows, self.pending = [], []  # of the log; what the next of them will average
         if args.checkpoint:
             with or_fail(f"{self.path} is damaged: its optimizer state does not fit"):
                 optimizer.load_state_dict(args.checkpoint["optimizer"])
@@ -806,7 +804,7 @@ class Journal:
             signal.signal(number, handler)
         if RANKS > 1:
             dist.destroy_process_group()
-        stop = stop or self.stop  # which may have come during the last save
+        stop = max(stop, self.stop)  # one may have come during the last save; SIGTERM is the larger
         if stop:
             print(f"stopped after {self.iteration} of {self.args.iters} iterations; go on with --resume {self.args.out}")
         if stop == signal.SIGTERM:
@@ -816,7 +814,7 @@ class Journal:
 
     def interrupt(self, number, _):
         self.stop = number
-        signal.signal(number, self.handlers[number])  # a second one does not wait for the end of the iteration
+        signal.signal(signal.SIGINT, self.handlers[signal.SIGINT])  # a second Ctrl-C does not wait for the end of the iteration
 
     def log(self, losses, metric):
         """losses: K tensors, one per refinement step; metric: a tensor. Fetched from the device only now and then."""
@@ -918,9 +916,8 @@ def write_results(args, model, data, iterations, seconds, metrics, baselines):
 
 def read_results(out, script):
     path = os.path.join(out, "results.json")
-    with or_fail(f"{path} is missing, damaged or not of {script}.py"):
-        with open(path) as f:
-            results = json.load(f)
+    with or_fail(f"{path} is missing, damaged or not of {script}.py"), open(path) as f:
+        results = json.load(f)
         if results["script"] != script or not results.keys() >= {"args", "metrics", "baselines"}:
             raise ValueError(f"a run of {results['script']}.py")
     return results
