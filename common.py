@@ -831,24 +831,22 @@ class Journal:
     def flush(self):
         self.check_finite()
         *losses, metric = torch.stack(self.pending).mean(0).tolist()
-        self.pending = []
-        if RANK:
-            return
         lr = self.optimizer.param_groups[0]["lr"]
         self.rows.append({"iteration": self.iteration, "loss": losses, "metric": metric, "lr": lr, "seconds": round(self.seconds, 2)})
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        replace_file(os.path.join(self.args.out, "log.jsonl"), lambda f: f.write(text.encode()))
+        self.pending = []
         self.bar.set_postfix_str(f"loss {losses[-1]:.4f} metric {metric:.3g}")
+        if not RANK:
+            text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            replace_file(os.path.join(self.args.out, "log.jsonl"), lambda f: f.write(text.encode()))
 
     def save(self):
-        if RANK:
-            return
         self.check_finite()
         content = {
             **self.args.description, "iteration": self.iteration, "train_seconds": self.seconds,
             "pending": self.pending, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        replace_file(self.path, lambda f: torch.save(content, f))
+        if not RANK:
+            replace_file(self.path, lambda f: torch.save(content, f))
 
 
 def trained(args):
