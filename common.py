@@ -21,18 +21,23 @@ import sys
 import textwrap
 import time
 import warnings
+from pathlib import Path
 
 if sys.argv[1:2] in (["-h"], ["--help"]):  # argparse will answer and leave: stand-ins spare the seconds that torch takes to load
     from unittest.mock import MagicMock
 
     inner = ("distributed", "nn", "nn.attention", "nn.functional", "utils._python_dispatch", "utils.flop_counter")
-    sys.modules.update(dict.fromkeys(["numpy", "scipy.optimize", "torch", *(f"torch.{name}" for name in inner)], MagicMock()))
+    heavy = ["numpy", "scipy.optimize", "matplotlib", "matplotlib.figure", "matplotlib.ticker", "torch", *(f"torch.{name}" for name in inner)]
+    sys.modules.update(dict.fromkeys(heavy, MagicMock()))
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.figure import Figure  # not pyplot: nothing is shown on a screen
+from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
 # A batch of tasks: context_x (K, B, N, X), context_y (K, B, N, Y), query_x (B, Q, X), query_y (B, Q, Y).
@@ -378,6 +383,43 @@ class Implicit(nn.Module):
 REGIMES = {"parametric": Parametric, "explicit": Explicit, "implicit": Implicit}
 
 
+# ---------------------------------------------------------------- how a program ends
+
+
+def fail(message, code=2, leave=sys.exit):
+    """Ends the program with one line on stderr."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # or it would draw itself once more, below the line
+    print(f"error: {message}", file=sys.stderr)
+    leave(code)
+
+
+@contextlib.contextmanager
+def or_fail(message, *how):
+    """Whatever goes wrong inside ends the program with this line: what is damaged shows in a dozen kinds of exceptions."""
+    try:
+        yield
+    except Exception as problem:
+        fail(f"{message} ({textwrap.shorten(str(problem) or repr(problem), 100)})", *how)
+
+
+def run(main):
+    """What a script does when it is started: what its own checks could not foresee ends in one line, too."""
+    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
+    try:
+        main()
+        print(end="", flush=True)
+    except BrokenPipeError:  # a reader that has seen enough (`| head -1`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it exits
+        sys.exit(1)
+    except OSError as problem:  # a file that may not be read, a name that is too long, a full disk
+        fail(problem)
+    except (MemoryError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "allocate" not in str(problem):
+            raise
+        fail("not enough memory for this: fewer --tasks, --context or --queries, or a smaller --width, need less")
+
+
 # ---------------------------------------------------------------- several ranks
 #
 # Under torchrun every rank draws the random numbers of all tasks and keeps those of its own share: all generators stay in
@@ -394,10 +436,8 @@ def join(words=()):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.stdout = open(os.devnull, "w")
     if RANKS > 1:  # signals are agreed on between CPUs, without waiting for a GPU
-        try:
+        with or_fail(f"the {RANKS} ranks cannot meet: start them with torchrun, or unset WORLD_SIZE and RANK"):
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        except (RuntimeError, ValueError) as problem:
-            fail(f"the {RANKS} ranks cannot meet ({str(problem).partition(chr(10))[0]}): start them with torchrun, or unset WORLD_SIZE and RANK")
 
 
 def own(x, dim=0):
@@ -411,13 +451,9 @@ def share(task):
 
 def all_reduce(x, kind="SUM"):
     if RANKS > 1:
-        try:
+        # os._exit, at once: an orderly exit would wait for the rank that died
+        with or_fail("another rank died; the last checkpoint is kept: go on with --resume DIR", 1, os._exit):
             dist.all_reduce(x, getattr(dist.ReduceOp, kind))
-        except RuntimeError as error:
-            try:
-                fail(f"another rank died ({str(error).partition(chr(10))[0]}); the last checkpoint is kept: go on with --resume DIR", 1)
-            finally:
-                os._exit(1)  # at once: an orderly exit would wait for the rank that died
     return x
 
 
@@ -437,33 +473,6 @@ def average_gradients(model):
 # ---------------------------------------------------------------- flags
 
 
-def fail(message, code=2):
-    """Ends the program with one line on stderr."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # or it would draw itself once more, below the line
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def run(main):
-    """What a script does when it is started: what its own checks could not foresee ends in one line, too."""
-    signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit its encoding
-    try:
-        main()
-        print(end="", flush=True)
-    except BrokenPipeError:  # a reader that has seen enough (`| head -1`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it exits
-        sys.exit(1)
-    except OSError as problem:  # a file that may not be read, a name that is too long, a full disk
-        fail(problem)
-    except (MemoryError, RuntimeError) as problem:
-        if isinstance(problem, RuntimeError) and "allocate" not in str(problem):
-            raise
-        fail("not enough memory for this: fewer --tasks, --context or --queries, or a smaller --width, need less")
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (see {self.prog} --help)")
@@ -475,18 +484,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help if told else f"{action.help} (default: %(default)s)"
 
 
-def number(kind, low, strict=False):
-    """An argparse type: a finite number of at least (or, if strict, above) `low`."""
+def number(kind, low):
+    """An argparse type: a finite number of at least `low`."""
+    high = 2**31 if kind is int else math.inf
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-        if not low <= value < (2**31 if kind is int else math.inf) or (strict and value == low):
-            raise argparse.ArgumentTypeError(f"must be {'above' if strict else 'at least'} {low}{' and below 2^31' if kind is int else ''}, not {text}")
+        value = kind(text)
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"must be at least {low} and below {high}, not {text}")
         return value
 
+    parse.__name__ = kind.__name__  # for what argparse says of a text that is no number
     return parse
 
 
@@ -527,7 +535,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--queries", type=count, help="Q, held-out observations that a task is scored on")
     add("--tasks", type=count, help="B, tasks per optimizer step")
     add("--iters", type=count, help="optimizer steps")
-    add("--lr", type=number(float, 0, strict=True), help="peak learning rate (warm-up, then cosine)")
+    add("--lr", type=number(float, 1e-12), help="peak learning rate (warm-up, then cosine)")
     add("--eval-tasks", type=number(int, 2), default=256, help="fixed tasks that the evaluation averages over")
     if eval_steps:
         add("--eval-steps", type=count, metavar="S", help="mini-batches that the evaluation goes up to (default: 2K)")
@@ -545,14 +553,19 @@ def make_parser(script, doc, eval_steps=False):
     return parser
 
 
-# Flags that say where and how to run, not what: no part of a run's name, and free to change when it is resumed.
-RUNTIME = {"device", "dtype", "compile", "out", "overwrite", "resume", "eval", "plot_only", "data_dir", "eval_tasks", "eval_steps"}
-KEPT = {"dtype", "eval_tasks", "eval_steps"}  # of these, what --resume and --eval take from the run if they are not told otherwise
+# Where a run takes place is no part of what it is. It may be resumed and evaluated with other flags of these ...
+MACHINE = {"device", "compile", "out", "overwrite", "resume", "eval", "plot_only", "data_dir"}
+FREE = MACHINE | {"dtype", "eval_tasks", "eval_steps"}  # ... and of these, which are kept if they are not given again
+
+
+def spell(flag, value):
+    return f"--{flag.replace('_', '-')}={value}"
 
 
 def parse_args(parser, presets, argv=None):
     """Reads the flags and checks all that can be checked before any work. Exits with code 2 and one line if it fails.
 
+    A flag is what is given, or else what the checkpoint (or the preset) has, or else the script's default.
     args.checkpoint holds what --resume or --eval loaded, else None; args.description what the run is, for its files.
     """
     argv, script = sys.argv[1:] if argv is None else argv, parser.prog.removesuffix(".py")
@@ -564,59 +577,52 @@ def parse_args(parser, presets, argv=None):
         fail("--plot-only DIR only redraws: give it alone")
     if "resume" in given and given.keys() & {"eval", "out", "overwrite"}:
         fail("--resume DIR goes on in DIR, with the same flags: drop --eval, --out and --overwrite")
-    defaults = vars(parser.parse_args([]))
-    chosen = defaults | presets.get(given.get("preset"), {}) | given
-    checkpoint = None
+    checkpoint, before = None, presets.get(given.get("preset"), {})
     if "resume" in given or "eval" in given:
         file = given.get("eval") or os.path.join(given["resume"], "checkpoint.pt")
         checkpoint = load_checkpoint(file, script)
-        trained = checkpoint["args"]
-        if set(trained) != set(defaults) - (RUNTIME - KEPT):
-            fail(f"{file} was written by another version of {script}.py: its flags are not those of today")
-        for flag, value in given.items():
-            if flag not in RUNTIME and value != trained[flag]:
-                fail(f"--{flag.replace('_', '-')} {value} does not fit {file}, which has {trained[flag]}")
+        before = checkpoint["args"]
         parser.error = lambda message: fail(f"{file} is damaged: {message}")
-        flags = [f"--{flag.replace('_', '-')}={value}" for flag, value in trained.items() if value is not None]
-        chosen = vars(parser.parse_args(flags)) | {flag: value for flag, value in given.items() if flag in RUNTIME}
-    args = argparse.Namespace(**chosen, checkpoint=checkpoint)
+    words = [spell(flag, value) for flag, value in before.items() if value is not None]
+    args = parser.parse_args([*words, *argv])  # of two of a kind, the later counts
     if args.plot_only:
         return args
+    what = {flag: value for flag, value in vars(args).items() if flag not in MACHINE}
+    if checkpoint:
+        for flag, value in what.items():  # also where another version of the script wrote it, without this flag
+            if flag not in FREE and value != before.get(flag):
+                fail(f"{spell(flag, value)} does not fit {file}, which has {before.get(flag)}")
     check(args, given)
-    if "eval_steps" in chosen:
+    if "eval_steps" in what:
         args.eval_steps = args.eval_steps or 2 * args.steps
     args.device, args.dtype, reason = pick_device(args.device, args.dtype)
-    changed = [f"{flag}_{value}" for flag, value in sorted(given.items()) if value != defaults[flag] and flag not in RUNTIME]
-    beside = os.path.join(os.path.dirname(args.eval or ""), "eval")
-    args.out_given = bool(args.out)
-    args.out = args.resume or args.out or (beside if args.eval else "out/" + "-".join([script, *changed]))
+    name = [script, *(f"{flag}_{given[flag]}" for flag in sorted(given.keys() - FREE) if given[flag] != parser.get_default(flag))]
+    usual = os.path.join(os.path.dirname(args.eval), "eval") if args.eval else "out/" + "-".join(name)
+    args.out_given, args.out = bool(args.out), args.resume or args.out or usual
     check_out(args)
     command = shlex.join(["python", f"{script}.py", *argv])
     if args.resume:  # a run keeps its own, and what is changed for its evaluation
-        command = checkpoint.get("command", command) + "".join(f" --{flag.replace('_', '-')} {given[flag]}" for flag in sorted(KEPT & given.keys()))
-    args.description = {
-        "command": command, "script": script,
-        "args": {flag: value for flag, value in chosen.items() if flag not in RUNTIME - KEPT},
-    }  # fmt: skip
+        command = " ".join([checkpoint["command"], *(spell(flag, given[flag]) for flag in sorted(given.keys() & (FREE - MACHINE)))])
+    args.checkpoint, args.description = checkpoint, {"command": command, "script": script, "args": what}
     print(f"device {args.device}, dtype {args.dtype} ({reason}), {torch.get_num_threads()} threads; writes to {args.out}")
     return args
 
 
 def check(args, given):
     """Refuses what contradicts itself, with the reason."""
-    implicit, explicit = args.regime == "implicit", args.regime == "explicit"
+    only = dict(state=["implicit"], state_scale=["implicit"], basis=["explicit"], hidden=["explicit"], decoder=["parametric", "explicit"])
+    for flag, regimes in only.items():
+        if flag in given and args.regime not in regimes:
+            fail(f"{spell(flag, given[flag])} is for --regime {' and '.join(regimes)}")
+    implicit, linear = args.regime == "implicit", args.decoder == "linear"
+    slots = args.regime == "explicit" and linear and args.mask == "none"
     refusals = (
-        (implicit and args.signal != "data", f"--signal {args.signal} needs task parameters to take the gradient of; --regime implicit has none (use --signal data)"),
         (args.width % args.heads, f"--width {args.width} is not divisible by --heads {args.heads}"),
         (args.tasks % RANKS, f"--tasks {args.tasks} is not divisible by the {RANKS} ranks that share them"),
-        (not implicit and args.state != "logits", f"--state {args.state} is for --regime implicit; the state of --regime {args.regime} is given by the regime"),
-        (not implicit and "state_scale" in given, "--state-scale is for --regime implicit"),
-        (args.latent_tokens > 1 and not (explicit and args.decoder == "linear" and args.mask == "none"), "--latent-tokens above 1 needs --regime explicit --decoder linear --mask none (a causal mask reads the latent at every observation)"),
-        (implicit and "decoder" in given, "--decoder is for the updates of --regime parametric and explicit; implicit states are decoded as predictions"),
-        (not implicit and args.decoder != "linear" and args.update == "direct", "--update direct needs --decoder linear; in the span of the data there are changes only"),
-        (not explicit and "basis" in given, "--basis is for --regime explicit"),
-        (not explicit and "hidden" in given, "--hidden is for --regime explicit"),
         (args.hidden % args.latent_tokens, f"--hidden {args.hidden} is not divisible by --latent-tokens {args.latent_tokens}"),
+        (args.latent_tokens > 1 and not slots, "--latent-tokens above 1 needs --regime explicit --decoder linear --mask none"),
+        (implicit and args.signal != "data", f"--signal {args.signal}: --regime implicit has no parameters to take gradients of (use --signal data)"),
+        (args.update == "direct" and not implicit and not linear, "--update direct needs --decoder linear: the span of the data holds changes only"),
     )
     for wrong, reason in refusals:
         if wrong:
@@ -625,36 +631,29 @@ def check(args, given):
 
 def pick_device(device, dtype):
     """-> device, dtype (as text) and the reason for the dtype."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("mps"):
-        fail("--device mps: Apple's GPUs have no float64, which the evaluations need (use --device cpu)")
     if device.startswith("cuda:") and RANKS > 1:
         fail(f"--device {device}: each of the {RANKS} ranks takes a GPU of its own (use --device cuda)")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and RANKS > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
-    try:
-        kind = torch.zeros(1, device=device).device.type
-    except (RuntimeError, AssertionError, ImportError):
-        kind = None
-    if kind not in ("cpu", "cuda"):
-        fail(f"--device {device}: this machine (or this build of torch) does not have it")
+    with or_fail(f"--device {device} is not there, or has no float64, which evaluations need"):
+        kind = torch.zeros(1, device=device).double().device.type
+        if kind not in ("cpu", "cuda"):
+            raise ValueError("use cpu or cuda")
+    if dtype != "auto":
+        return device, dtype, "as asked"
     # torch.cuda.is_bf16_supported() is true on chips that only emulate bfloat16: ask for the hardware generation.
-    native = torch.cuda.get_device_capability(device) >= (8, 0) if kind == "cuda" else kind == "cpu" and cpu_has_bfloat16()
-    if dtype == "auto":
-        return device, "bfloat16" if native else "float32", "native on this chip" if native else "this chip has no bfloat16 of its own"
-    if dtype == "bfloat16" and kind == "cuda" and not native:
-        fail("--dtype bfloat16: this GPU only emulates it; use float32")
-    return device, dtype, "as asked"
+    # Where a CPU has it, steps took 0.5 to 0.95 times as long as in float32.
+    cpu = not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo().split())
+    native = torch.cuda.get_device_capability(device) >= (8, 0) if kind == "cuda" else cpu
+    return device, "bfloat16" if native else "float32", "native on this chip" if native else "this chip has no bfloat16 of its own"
 
 
-def cpu_has_bfloat16():
-    """Whether this processor multiplies in bfloat16. Where it did, steps took 0.5 to 0.95 times as long as in float32."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            return not {"avx512_bf16", "amx_bf16"}.isdisjoint(f.read().split())
-    except OSError:  # not Linux
-        return False
+def cpuinfo():
+    """What Linux says of the processor; nothing elsewhere."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else ""
 
 
 RUN_FILES = ("checkpoint.pt", "log.jsonl", "results.json", "error.png")
@@ -662,17 +661,14 @@ RUN_FILES = ("checkpoint.pt", "log.jsonl", "results.json", "error.png")
 
 def check_out(args):
     """Refuses a folder that cannot be written or that holds another run; makes nothing yet."""
-    if args.eval and os.path.realpath(args.out) == os.path.realpath(os.path.dirname(args.eval) or "."):
-        fail(f"--out {args.out} is the run that --eval reads: give another folder")
-    if args.eval and os.path.exists(os.path.join(args.out, "checkpoint.pt")):
-        fail(f"--out {args.out} holds the checkpoint of another run, whose files an evaluation would mix with: give another folder")
-    if not (args.resume or args.overwrite or RANK) and any(os.path.exists(os.path.join(args.out, f)) for f in RUN_FILES):
-        resume = "" if args.eval else f"--resume {args.out} to go on, "
-        fail(f"{args.out} already holds a run: {resume}--overwrite to replace it, or another --out")
-    existing = os.path.abspath(args.out)
-    while not os.path.lexists(existing) and existing != os.path.dirname(existing):  # which a Windows drive that is missing is
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+    held = [name for name in RUN_FILES if os.path.exists(os.path.join(args.out, name))]
+    if args.eval and "checkpoint.pt" in held:
+        fail(f"--out {args.out} holds the checkpoint of this or another run, whose files an evaluation would replace: give another folder")
+    if held and not (args.resume or args.overwrite or RANK):
+        fail(f"{args.out} already holds a run: --overwrite replaces it, --resume goes on with it, another --out leaves it alone")
+    out = Path(args.out).absolute()
+    existing = next((folder for folder in (out, *out.parents) if os.path.lexists(folder)), out)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         fail(f"cannot write to --out {args.out}: {existing} is not a folder that may be written")
 
 
@@ -690,13 +686,11 @@ def seed_all(stream, seed, index=0):
 def replace_file(path, write):
     """Calls write(binary file) and moves the file into place: a kill or a full disk leaves the old file or the new one."""
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path + ".tmp", "wb") as f:
-            write(f)
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        reason = getattr(error, "strerror", None) or f"is the disk full? {str(error).partition(chr(10))[0]}"
-        fail(f"cannot write {path} ({reason}); what was there before is kept")
+        with or_fail(f"cannot write {path}; what was there before is kept"):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            with open(path + ".tmp", "wb") as f:
+                write(f)
+            os.replace(path + ".tmp", path)
     finally:  # a signal may have come, too
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
@@ -707,35 +701,21 @@ def write_json(path, content):
 
 
 def read_log(out):
-    """The rows of log.jsonl; a last line that a kill cut short is left out."""
     path = os.path.join(out, "log.jsonl")
-    try:
-        with open(path) as f:
-            rows = [json.loads(line) for line in f if line.endswith("\n")]
-        if not all(isinstance(row, dict) and row.keys() >= {"iteration", "loss"} for row in rows):
-            raise ValueError
-        return rows
-    except FileNotFoundError:
+    if not os.path.exists(path):  # stopped before the first row
         return []
-    except ValueError:
-        fail(f"{path} is damaged")
+    with or_fail(f"{path} is damaged"), open(path) as f:
+        return [json.loads(line) for line in f]
 
 
 def load_checkpoint(path, script):
     """A dict of tensors and primitives, of any script if that is None; loading runs no code of the file."""
-    kinds = {"script": str, "args": dict, "iteration": int, "train_seconds": float, "model": dict, "optimizer": dict}
-    if not os.path.isfile(path):
-        fail(f"no checkpoint at {path}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        fail(f"{path} may not be read")
-    except Exception:  # torch.load raises a dozen kinds, and every one means the same to the user
-        fail(f"{path} is not a checkpoint of this project, or it is damaged")
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):
-        fail(f"{path} is not a checkpoint of this project")
+    kinds = dict(script=str, command=str, args=dict, iteration=int, train_seconds=float, model=dict, optimizer=dict, pending=list)
+    with or_fail(f"{path} is missing, damaged or no checkpoint of this project"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if wrong := [key for key, kind in kinds.items() if not isinstance(checkpoint[key], kind)]:
+            raise ValueError(f"{wrong[0]} is not what it should be")
     if script and checkpoint["script"] != script:
         fail(f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py")
     return checkpoint
@@ -744,10 +724,8 @@ def load_checkpoint(path, script):
 def place(model, args):
     """The model on its device and in its dtype, with the checkpoint's weights if there are any."""
     if args.checkpoint:
-        try:
+        with or_fail("the checkpoint's weights do not fit the model that its flags describe"):
             model.load_state_dict(args.checkpoint["model"])
-        except (RuntimeError, KeyError, AttributeError, TypeError):
-            fail("the checkpoint's weights do not fit the model that its flags describe")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every size of a context, and training draws them
     model.to(args.device).transformer.dtype = getattr(torch, args.dtype)
     if args.compile:
@@ -758,10 +736,10 @@ def place(model, args):
 
 def make_optimizer(model, args):
     """AdamW. The explicit regime's predictor learns at 3% of the rate: the transformer that updates its weights has to keep up with it."""
-    predictor = {p for name, p in model.named_parameters() if name.startswith("basis.")}
-    groups = [{"params": [p for p in model.parameters() if p not in predictor], "share": 1.0}]
-    if predictor:
-        groups.append({"params": [p for p in model.parameters() if p in predictor], "share": 0.03})
+    named = list(model.named_parameters())
+    predictor = [p for name, p in named if name.startswith("basis.")]
+    others = [p for name, p in named if not name.startswith("basis.")]
+    groups = [{"params": params, "share": share} for params, share in ((others, 1.0), (predictor, 0.03)) if params]
     return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
 
@@ -787,42 +765,34 @@ class Journal:
 
     def __init__(self, model, optimizer, args):
         self.model, self.optimizer, self.args = model, optimizer, args
-        self.iteration, self.seconds, self.pending, self.stop = 0, 0.0, [], 0  # stop: the signal that came, if any
-        self.path, self.log_path = (os.path.join(args.out, f) for f in ("checkpoint.pt", "log.jsonl"))
+        self.path = os.path.join(args.out, "checkpoint.pt")
+        self.iteration, self.seconds, self.stop = 0, 0.0, 0  # stop: the signal that came, if any
+        self.rows, self.pending = [], []  # of the log; what the next of them will average
         if args.checkpoint:
-            try:
+            with or_fail(f"{self.path} is damaged: its optimizer state does not fit"):
                 optimizer.load_state_dict(args.checkpoint["optimizer"])
                 self.iteration, self.seconds = args.checkpoint["iteration"], args.checkpoint["train_seconds"]
                 self.pending = [row.to(args.device) for row in args.checkpoint["pending"]]
-            except (ValueError, KeyError, AttributeError, TypeError):
-                fail(f"{self.path} is damaged: its optimizer state does not fit")
-        if RANK:
-            return
-        if args.checkpoint:
-            rows = [json.dumps(row) + "\n" for row in read_log(args.out) if row["iteration"] <= self.iteration]
-            replace_file(self.log_path, lambda f: f.write("".join(rows).encode()))
-            return
-        try:
-            os.makedirs(args.out, exist_ok=True)
-            for name in RUN_FILES:  # of the run that --overwrite replaces
-                if os.path.exists(os.path.join(args.out, name)):
+            self.rows = [row for row in read_log(args.out) if row["iteration"] <= self.iteration]  # what came after it will be replayed
+        elif not RANK:
+            with or_fail(f"cannot write to --out {args.out}"):
+                os.makedirs(args.out, exist_ok=True)
+                self.save()
+                for name in set(RUN_FILES[1:]) & set(os.listdir(args.out)):  # of the run that --overwrite replaces
                     os.remove(os.path.join(args.out, name))
-        except OSError as error:
-            fail(f"cannot write to --out {args.out}: {error.strerror}")
-        self.save()
 
     def __iter__(self):
-        previous = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         if not RANK:
             join()
         all_reduce(torch.zeros(1))  # the others have loaded their data, too, before the clock starts
-        start, saved, before = time.time(), time.time(), self.seconds
+        start, saved = time.time() - self.seconds, time.time()
         self.bar = tqdm(total=self.args.iters, initial=self.iteration, unit="it", dynamic_ncols=True, disable=RANK > 0)
         # A signal to one rank stops all of them after the same iteration.
         while not (stop := int(all_reduce(torch.tensor(self.stop), "MAX"))) and self.iteration < self.args.iters:
             yield self.iteration
             self.iteration += 1
-            self.seconds = before + time.time() - start
+            self.seconds = time.time() - start
             self.bar.update()
             if self.iteration % self.every == 0 or self.iteration == self.args.iters:
                 self.flush()
@@ -831,13 +801,11 @@ class Journal:
                 saved = time.time()
         self.save()
         self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if RANKS > 1:
             dist.destroy_process_group()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if previous[signal.SIGINT] is not signal.default_int_handler:  # which a notebook has, and keeps
-            signal.signal(signal.SIGINT, lambda *_: fail(f"interrupted; training is saved: --resume {self.args.out} evaluates it", 130))
-        stop = stop or self.stop
+        stop = max(stop, self.stop)  # one may have come during the last save; SIGTERM is the larger
         if stop:
             print(f"stopped after {self.iteration} of {self.args.iters} iterations; go on with --resume {self.args.out}")
         if stop == signal.SIGTERM:
@@ -846,9 +814,8 @@ class Journal:
             os._exit(0)  # at once: with an orderly exit gloo's threads now and then ended in an abort
 
     def interrupt(self, number, _):
-        if self.stop:
-            fail(f"interrupted twice; the last checkpoint is kept: --resume {self.args.out} goes on", 128 + number)
         self.stop = number
+        signal.signal(signal.SIGINT, self.handlers[signal.SIGINT])  # a second Ctrl-C does not wait for the end of the iteration
 
     def log(self, losses, metric):
         """losses: K tensors, one per refinement step; metric: a tensor. Fetched from the device only now and then."""
@@ -856,38 +823,31 @@ class Journal:
 
     def check_finite(self):
         """Ends the run before a bad loss or a bad weight can replace the last good checkpoint."""
-        if self.pending:
-            bad = (~torch.stack(self.pending).isfinite().all(1)).nonzero().flatten().tolist()
-            if bad:
-                at = self.iteration - len(self.pending) + bad[0] + 1
-                fail(f"the loss is not finite at iteration {at}; {self.path} holds the last good state (a lower --lr may help)")
-        if not all(p.isfinite().all() for p in self.model.parameters()):
-            fail(f"weights are not finite after iteration {self.iteration}; {self.path} holds the last good state (a lower --lr may help)")
+        finite = torch.stack(self.pending).isfinite().all(1).tolist() if self.pending else []
+        finite.append(all(p.isfinite().all() for p in self.model.parameters()))  # which spoil the iteration to come
+        if not all(finite):
+            bad = self.iteration - len(self.pending) + 1 + finite.index(False)
+            fail(f"loss or weights are not finite at iteration {bad}; {self.path} holds the last good state (a lower --lr may help)")
 
     def flush(self):
         self.check_finite()
         *losses, metric = torch.stack(self.pending).mean(0).tolist()
-        self.pending = []
-        if RANK:
-            return
         lr = self.optimizer.param_groups[0]["lr"]
-        row = {"iteration": self.iteration, "loss": losses, "metric": metric, "lr": lr, "seconds": round(self.seconds, 2)}
-        try:
-            with open(self.log_path, "a") as f:
-                f.write(json.dumps(row) + "\n")
-        except OSError as error:
-            fail(f"cannot write {self.log_path} ({error.strerror}); {self.path} holds the last good state")
+        self.rows.append({"iteration": self.iteration, "loss": losses, "metric": metric, "lr": lr, "seconds": round(self.seconds, 2)})
+        self.pending = []
         self.bar.set_postfix_str(f"loss {losses[-1]:.4f} metric {metric:.3g}")
+        if not RANK:
+            text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            replace_file(os.path.join(self.args.out, "log.jsonl"), lambda f: f.write(text.encode()))
 
     def save(self):
-        if RANK:
-            return
         self.check_finite()
         content = {
             **self.args.description, "iteration": self.iteration, "train_seconds": self.seconds,
             "pending": self.pending, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        replace_file(self.path, lambda f: torch.save(content, f))
+        if not RANK:
+            replace_file(self.path, lambda f: torch.save(content, f))
 
 
 def trained(args):
@@ -932,10 +892,8 @@ def machine(device):
     """The processor, for results.json: numbers without a machine cannot be compared."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            return next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in cpuinfo().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def write_results(args, model, data, iterations, seconds, metrics, baselines):
@@ -957,16 +915,10 @@ def write_results(args, model, data, iterations, seconds, metrics, baselines):
 
 def read_results(out, script):
     path = os.path.join(out, "results.json")
-    try:
-        with open(path) as f:
-            results = json.load(f)
-        found = results["script"], results["baselines"], results["args"]["steps"], [m["data"] for m in results["metrics"].values()]
-    except OSError:
-        fail(f"no results.json in {out}")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        fail(f"{path} is damaged")
-    if found[0] != script:
-        fail(f"{out} holds a run of {found[0]}.py, not of {script}.py")
+    with or_fail(f"{path} is missing, damaged or not of {script}.py"), open(path) as f:
+        results = json.load(f)
+        if results["script"] != script or not results.keys() >= {"args", "metrics", "baselines"}:
+            raise ValueError(f"a run of {results['script']}.py")
     return results
 
 
@@ -975,27 +927,14 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 def log_axis(ax, which):
     """Makes an axis ("x" or "y") of what is drawn so far logarithmic, with ticks in plain numbers: the fewer, the more decades it spans."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     ax.set(**{f"{which}scale": "log"})
     low, high = getattr(ax, f"get_{which}lim")()
     locator = LogLocator(subs=range(1, 10) if high < 5 * low else (1, 2, 5) if high < 500 * low else (1,))
     getattr(ax, f"{which}axis").set(major_locator=locator, major_formatter="{x:g}", minor_formatter=NullFormatter())
 
 
-def pyplot():
-    """matplotlib.pyplot, for files only. Imported when it is needed, since that takes a second."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def save_figure(fig, path, dpi=130):
     replace_file(path, lambda f: fig.savefig(f, dpi=dpi, format="png"))
-    pyplot().close(fig)
 
 
 def plot_steps(out, results, log_scale=False):
@@ -1003,15 +942,14 @@ def plot_steps(out, results, log_scale=False):
 
     A split is in distribution, out of it, or a family of tasks that its data name describes.
     """
-    plt, args, metrics, log = pyplot(), results["args"], results["metrics"], read_log(out)
+    args, metrics, log = results["args"], results["metrics"], read_log(out)
     K, panels = args["steps"], len(metrics) + bool(log)
-    columns = panels if panels <= 5 else 3
+    many = panels > 5  # in rows of three, with one legend for all
+    columns = 3 if many else panels
     rows = -(-panels // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), squeeze=False)
-    axes = axes.flatten()
-    for ax in axes[panels:]:
-        ax.axis("off")
-    for ax, (split, m) in zip(axes, metrics.items()):
+    fig = Figure(figsize=(4.6 * columns, 3.8 * rows))
+    for place, (split, m) in enumerate(metrics.items(), 1):
+        ax = fig.add_subplot(rows, columns, place)
         ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=COLORS[0], lw=2, capsize=3, label="this model", zorder=3)
         for i, (name, b) in enumerate(results["baselines"][split].items(), 1):
             marker = "." if len(b["steps"]) > 1 else "D"
@@ -1022,21 +960,22 @@ def plot_steps(out, results, log_scale=False):
         if log_scale:
             log_axis(ax, "y")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if panels <= 5:
+        ax.grid(alpha=0.3)
+        if not many:
             ax.legend(fontsize=7)
-        ax.grid(alpha=0.3)
-    if panels > 5:  # one legend for all
-        fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=9)
+    if many:
+        fig.legend(*ax.get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=9)
     if log:
-        ax = axes[panels - 1]
+        ax = fig.add_subplot(rows, columns, panels)
         for k in range(K):
-            ax.plot([r["iteration"] for r in log], [r["loss"][k] for r in log], color=plt.cm.viridis(k / max(K, 2)), lw=1, label=f"step {k + 1}")
+            color = colormaps["viridis"](k / max(K, 2))
+            ax.plot([row["iteration"] for row in log], [row["loss"][k] for row in log], color=color, lw=1, label=f"step {k + 1}")
         ax.set(title="training loss of each step", xlabel="iteration")
-        ax.legend(fontsize=7, ncols=2 if K > 5 else 1)
         ax.grid(alpha=0.3)
+        ax.legend(fontsize=7, ncols=2 if K > 5 else 1)
     kind = args["regime"] if args["regime"] == "implicit" else f"{args['regime']}, signal {args['signal']}, decoder {args['decoder']}"
     kind += ", with a clock" if args.get("clock") == "steps" else ""
     title = f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}"
     fig.suptitle(textwrap.fill(title, 45 * columns), fontsize=11)
-    fig.tight_layout(rect=(0, 0.06 if panels > 5 else 0, 1, 1))
+    fig.tight_layout(rect=(0, 0.06 if many else 0, 1, 1))
     save_figure(fig, os.path.join(out, "error.png"))

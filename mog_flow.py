@@ -286,10 +286,10 @@ def draw_points(ax, truth, *layers):
 
 def plot_grid(path, batches, generated, truth, K, title):
     """Tasks x {context, 1 step, K / 2, K, truth}; the truth is grey under all generated points."""
-    plt = common.pyplot()
     shown, tasks = sorted({1, (K + 1) // 2, K}), min(6, len(truth))
     names = [f"context: first\nmini-batch (of {K})", *(f"after {k} step{'s' * (k > 1)}" for k in shown), "truth"]
-    fig, axes = plt.subplots(tasks, len(names), figsize=(1.9 * len(names), 1.9 * tasks + 0.6), squeeze=False)
+    fig = common.Figure((1.9 * len(names), 1.9 * tasks + 0.6))
+    axes = fig.subplots(tasks, len(names), squeeze=False)
     for i, row in enumerate(axes):
         draw_points(row[0], truth[i], (batches[1:K, i].reshape(-1, 2), "#fbd0a0"), (batches[0, i], "C1"))
         for ax, k in zip(row[1:], shown):
@@ -304,10 +304,11 @@ def plot_grid(path, batches, generated, truth, K, title):
 
 def plot_gif(path, batches, generated, truth, K, title):
     """What the same noise becomes after 0, 1, ... K mini-batches, moving from each to the next; the new context in orange."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    plt = common.pyplot()
-    fig, axes = plt.subplots(2, 4, figsize=(8, 4.5), subplot_kw=dict(xticks=[], yticks=[]))
+    fig = common.Figure((8, 4.5))
+    axes, canvas = fig.subplots(2, 4, subplot_kw=dict(xticks=[], yticks=[])), FigureCanvasAgg(fig)
     fig.subplots_adjust(0.01, 0.01, 0.99, 0.92, 0.02, 0.02)
     images, pauses = [], {0: 700, 0.25: 80, 0.5: 80, 0.75: 80, 1: 1000}  # how far points have moved: shown for how many ms
     for k, move in itertools.product(range(K), pauses):
@@ -317,18 +318,18 @@ def plot_gif(path, batches, generated, truth, K, title):
             draw_points(ax, true, (true, "0.88"), (new, "C1"), (points, "C0"))
         seen = k + (move > 0)
         fig.suptitle(f"{title}: {seen} mini-batch{'es' * (seen != 1)} read")
-        fig.canvas.draw()
-        images.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB").quantize(32))
+        canvas.draw()
+        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(32))
     options = dict(save_all=True, append_images=images[1:], duration=[*pauses.values()] * K, loop=0)
     common.replace_file(path, lambda f: images[0].save(f, "GIF", **options))
-    plt.close(fig)
 
 
 def plot_excess(path, results):
     """W2 and W1 beyond the floor against the step: how far each row is from being as good as fresh points."""
-    plt, colors = common.pyplot(), common.COLORS
+    colors = common.COLORS
     panels = list(itertools.product(results["metrics"], (("excess", "W2"), ("w1_excess", "W1"))))
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.7))
+    fig = common.Figure((4.4 * len(panels), 3.7))
+    axes = fig.subplots(1, len(panels))
     for ax, (split, (key, distance)) in zip(axes, panels):
         m, beside = results["metrics"][split], results["baselines"][split]
         ax.errorbar(m["steps"], m[key]["mean"], m[key]["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label=OURS, zorder=3)

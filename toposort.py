@@ -463,11 +463,11 @@ def draw_order(ax, m, order, title):
 
 def plot_orders(path, results):
     """The first graph of each evaluation at the size trained on: a true order, and those inferred from 1 and from K mini-batches."""
-    plt = common.pyplot()
     K, size = results["args"]["steps"], results["args"]["nodes"]
     panels = [m for split, m in results["metrics"].items() if split.endswith(f"_{size}")]
     shown = sorted({1, K})
-    fig, axes = plt.subplots(len(panels), 1 + len(shown), figsize=(4.2 * (1 + len(shown)), 2.6 * len(panels)))
+    fig = common.Figure((4.2 * (1 + len(shown)), 2.6 * len(panels)))
+    axes = fig.subplots(len(panels), 1 + len(shown))
     for m, row in zip(panels, axes):
         draw_order(row[0], m, m["true_order"], f"{m['data']}, a true order")
         for ax, k in zip(row[1:], shown):

@@ -136,8 +136,9 @@ def plot(rows, path):
     sys.path.insert(0, str(ROOT))
     import common  # here: it brings torch, which nothing else needs
 
-    plt = common.pyplot()
-    fig, axes = plt.subplots(-(-len(rows) // 4), 4, figsize=(15, 3.1 * -(-len(rows) // 4)), squeeze=False)
+    lines = -(-len(rows) // 4)
+    fig = common.Figure((15, 3.1 * lines))
+    axes = fig.subplots(lines, 4, squeeze=False)
     for ax in axes.flat[len(rows) :]:
         ax.axis("off")
     for ax, (group, variants) in zip(axes.flat, rows.items()):

@@ -75,8 +75,8 @@ def measure(trained):
 
 def plot(report, path):
     """Milliseconds, megabytes and metric against K."""
-    plt = common.pyplot()
-    fig, axes = plt.subplots(1, 3, figsize=(13.5, 4.2))
+    fig = common.Figure((13.5, 4.2))
+    axes = fig.subplots(1, 3)
     labels = {"ms": f"ms for {report['batch']} tasks", "MB": "MB beside weights and data", "mean": report["metric"]}
     for ax, (key, label) in zip(axes, labels.items()):
         for (form, name), color, style in zip(FORMS.items(), common.COLORS, ("o-", "^:", "s--")):

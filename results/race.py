@@ -58,7 +58,7 @@ def rivals(text):
 
 def get_args(argv=None):
     parser = reports.make_parser("results/race.py", __doc__)
-    add, seconds = parser.add_argument, common.number(float, 0, strict=True)
+    add, seconds = parser.add_argument, common.number(float, 1e-9)
     add("file", type=common.path, metavar="FILE", help="the checkpoint")
     add("--baseline", type=rivals, metavar="LIST", default=RIVALS, help="some of adam,sgd,lbfgs,maml (default: all)")
     add("--baseline-seconds", type=seconds, metavar="SECONDS", help="meta-training of maml, of each order (default: as long as the model was trained)")
@@ -198,8 +198,8 @@ def race(trained, names, seconds):
 
 def plot(report, path):
     """The metric against seconds, and against observations seen, of which L-BFGS has all from the start."""
-    plt = common.pyplot()
-    fig, axes = plt.subplots(1, 2, figsize=(12, 5.6), sharey=True)
+    fig = common.Figure((12, 5.6))
+    axes = fig.subplots(1, 2, sharey=True)
     for (name, row), color in zip(report["rows"].items(), common.COLORS):
         style = dict(marker="o", markevery=[row["end"]], color=color, lw=2.5 if name == "this model" else 1.3, label=name)
         stop = row["end"] + 1 if "L-BFGS" in name else None  # it stands still from there on
