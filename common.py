@@ -406,6 +406,8 @@ def or_fail(message, *how):
 def run(main):
     """What a script does when it is started: what its own checks could not foresee ends in one line, too."""
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit its encoding
     try:
         main()
         print(end="", flush=True)
@@ -806,8 +808,8 @@ class Journal:
         if RANKS > 1:
             dist.destroy_process_group()
         stop = max(stop, self.stop)  # one may have come during the last save; SIGTERM is the larger
-        if stop:
-            print(f"stopped after {self.iteration} of {self.args.iters} iterations; go on with --resume {self.args.out}")
+        how = f"stopped after {self.iteration} of {self.args.iters} iterations; go on with" if stop else "trained; evaluated now, or later by"
+        print(f"{how} --resume {self.args.out}")
         if stop == signal.SIGTERM:
             sys.exit(128 + signal.SIGTERM)
         if RANK:  # evaluation is for rank 0
