@@ -584,7 +584,7 @@ def parse_args(parser, presets, argv=None):
         file = given.get("eval") or os.path.join(given["resume"], "checkpoint.pt")
         checkpoint = load_checkpoint(file, script)
         before = checkpoint["args"]
-        parser.error = lambda message: fail(f"{file} is damaged: {message}")
+        parser.error = lambda message: fail(f"{file} is damaged, or of another version of {script}.py: {message}")
     words = [spell(flag, value) for flag, value in before.items() if value is not None]
     args = parser.parse_args([*words, *argv])  # of two of a kind, the later counts
     if args.plot_only:
