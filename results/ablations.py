@@ -173,7 +173,7 @@ def main():
         print(group, "; ".join(f"{label} {row['mean'][5]:.3f} +- {row['stderr'][5]:.3f}" for label, row in rows[group].items()), flush=True)
     rows = {group: rows[group] for group in GROUPS if group in rows}
     file.write_text(json.dumps(rows, indent=1))
-    plot(rows, HERE / "ablations.png")
+    plot(rows, str(HERE / "ablations.png"))
 
 
 if __name__ == "__main__":

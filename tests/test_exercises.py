@@ -1,6 +1,7 @@
 """The README's exercises: their edits still fit the code, and the edited code still runs."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,18 @@ def test_an_edit_that_no_longer_fits_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(ablations.EDITS, "late", [("linreg.py", "what is not there", "")])
     with pytest.raises(SystemExit, match="linreg.py has 0 times, not once: what is not there"):
         ablations.edited("late")
+
+
+def test_the_figure_is_drawn_from_the_file(tmp_path, monkeypatch):
+    """With every group's runs at hand, and none trained here."""
+    rows = json.loads((ablations.HERE / "ablations.json").read_text())
+    summaries = iter([row for variants in rows.values() for row in variants.values()])
+    monkeypatch.setattr(ablations, "summarize", lambda base, change: next(summaries))
+    monkeypatch.setattr(ablations, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ablations.py"])
+    ablations.main()
+    assert json.loads((tmp_path / "ablations.json").read_text()) == rows
+    assert (tmp_path / "ablations.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("program,flags,code", [("tables", "--help", 0), ("tables", "stray", 2), ("ablations", "--help", 0), ("ablations", "stray", 2)])
