@@ -427,7 +427,9 @@ def run(main):
 # Under torchrun every rank draws the random numbers of all tasks and keeps those of its own share: all generators stay in
 # step, and N ranks make the optimizer steps that one would make. Rank 0 alone writes and evaluates.
 
-RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+with or_fail("RANK and WORLD_SIZE are not those of a rank: start with torchrun, or unset them"):
+    RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    range(RANKS)[RANK]  # an IndexError where there is no such rank
 
 
 def join(words=()):
