@@ -105,7 +105,7 @@ def quick():
         others = "; ".join(f"{rival} {at(beside[rival], 5, digits, key).partition(' ')[0]}" for rival in rivals if rival in beside)
         rows.append([command(r), minutes(r), what, *cells(m, (1, 5), digits, key), others])
     rows.append(["any with `--preset paper`, one GPU", NOT_RUN] + [""] * 4)
-    return table(["command", "minutes", "error", "after 1", "after 5", "beside it, after 5"], rows)
+    return table(["command", "minutes", "error", "after 1", "after 5", "baselines after 5"], rows)
 
 
 def linreg():
@@ -131,9 +131,9 @@ def paper():
         r = read(name)
         for (split, m), theirs in zip(r["metrics"].items(), errors):
             rival, digits = ("ridge, all seen", 3) if r["script"] == "linreg" else ("kernel ridge", 1)
-            first = [command(r), minutes(r)] if split == "id" else ["the same, out of distribution", ""]
+            first = [command(r), r["seeds"], minutes(r)] if split == "id" else ["the same, out of distribution", "", ""]
             rows.append([*first, m["data"], *cells(m, (1, 5, 10), digits), theirs, f"{rival} {value(r['baselines'][split][rival], 5):.{digits}f}"])
-    return table(["command", "minutes", "data", "after 1", "5", "10", "paper after 1 / 5 / 10", "beside it, after 5"], rows)
+    return table(["command", "seeds", "minutes", "data", "after 1", "5", "10", "paper after 1 / 5 / 10", "baselines after 5"], rows)
 
 
 def special():
@@ -261,16 +261,24 @@ def flow():
     return table(["W₂ (excess)", "seeds", "after 1", "5", "10", "fresh points", "kernel density at 5", "one Gaussian at 5", "minutes"], rows)
 
 
-def toposort():
-    """Stage error of every column of table 5 that was run, at 1 and at K mini-batches, with the rivals at K."""
-    r = read("toposort")
+def toposort(name="toposort", paper=None):
+    """Stage error of every column of table 5, at 1, K and 2 K mini-batches, with the rivals at K; and the paper's own, {mini-batches: cells}."""
+    r = read(name)
     K, metrics, baselines = r["args"]["steps"], r["metrics"].values(), r["baselines"].values()
-    rows = [[f"this model, {k} mini-batch{'es' if k > 1 else ''}", *(at(m, k, 3) for m in metrics)] for k in (1, K, 2 * K)]
+    batches = lambda k: f"{k} mini-batch{'es' if k > 1 else ''}"
+    rows = [[f"this model, {batches(k)}", *(at(m, k, 3) for m in metrics)] for k in (1, K, 2 * K)]
+    rows += [[f"the paper's, {batches(k)}", *cells.split()] for k, cells in (paper or {}).items()]
     rows += [[f"*{name}*", *(at(beside[name], K, 3) for beside in baselines)] for name in next(iter(baselines))]
     for key, label in (("free", "free-running error"), ("violated", "share of edges violated")):
         rows.append([f"this model, {label}", *(at(m, K, 3, key) for m in metrics)])
     where = f"{command(r)}: {r['seeds']} seed{'s' * (r['seeds'] > 1)}, {minutes(r)} minutes."
     return where + "\n\n" + table(["stage error", *(m["data"] for m in metrics)], rows)
+
+
+def graphs():
+    """The same at the paper's sizes, beside its table 5."""
+    one, five, ten = ".52 .43 .64 .51 .70 .66 .78 .69", ".52 .35 .68 .33 .66 .56 .74 .67", ".44 .37 .66 .61 .64 .52 .77 .73"
+    return toposort("paper-toposort", {1: one, 5: five, 10: ten})
 
 
 def bench():
@@ -293,7 +301,7 @@ def sampler():
     return f"{what}; both in equal parts, as in training: {loop / ours:.1f} times."
 
 
-TABLES = {f.__name__: f for f in (bench, quick, linreg, paper, special, lengths, mnist, fmnist, imagenet, flow, toposort, ablations, scaling, race, cost)}
+TABLES = {f.__name__: f for f in (bench, quick, linreg, paper, special, lengths, mnist, fmnist, imagenet, flow, toposort, graphs, ablations, scaling, race, cost)}
 
 
 def fill(text):
