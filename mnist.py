@@ -27,7 +27,8 @@ import torch.nn.functional as F
 CLASSES = 10
 OTHER = {"mnist": "fmnist", "fmnist": "mnist", "glyphs": "letters"}  # what each dataset is tested on out of distribution
 NAMES = {"mnist": "MNIST", "fmnist": "FashionMNIST", "glyphs": "glyphs (drawn digits, not MNIST)", "letters": "glyphs (drawn letters A-J)"}
-PRESETS = {"paper": dict(context=100, queries=100, tasks=128, width=256, depth=4, heads=4, iters=50_000, lr=3e-4)}
+# Two heads of 128 numbers: one that is narrower than x cannot compare two images.
+PRESETS = {"paper": dict(context=100, queries=100, tasks=128, width=256, depth=4, heads=2, iters=50_000, lr=3e-4)}
 
 
 def get_args(argv=None):

@@ -283,7 +283,7 @@ def graphs():
 
 def bench():
     """results/bench.json and the same at the paper's width, one row a script and regime; what is comparable are the ratios."""
-    columns = ("ms", "sampling", "x stock", "x FLOP", "% peak", "% width", "x sum", "K^", "MB 10/1")
+    columns = ("ms", "sampling", "x stock", "x limit", "x FLOP", "% peak", "% width", "x sum", "K^", "MB 10/1")
     text = []
     for r in (load("bench"), load("bench-wide")):
         rows = [[f"`{row['script']}.py` {row['regime']}", *(f"{row['table'][key]:.3g}" for key in columns)] for row in r["rows"]]

@@ -131,6 +131,8 @@ def test_table_and_file_say_the_same(monkeypatch, capsys):
         parts = {"linear layers", "attention", "norms", "GELU", "the regime", "sampling", "AdamW"}
         assert row["parts_ms"].keys() == parts and all(ms > 0 for ms in row["parts_ms"].values())
         assert table["x sum"] == pytest.approx(table["ms"] / sum(row["parts_ms"].values()))
+        fixed = sum(row["parts_ms"][part] for part in parts - {"attention", "norms", "GELU"})
+        assert table["x limit"] == pytest.approx(sorted(turns["stock"])[1] / fixed)
         assert row["by_k"]["steps"] == [1, 2] and table["MB 10/1"] == row["by_k"]["MB"][1] / row["by_k"]["MB"][0]
         assert any(line.split()[:3] == [script, regime, f"{table['ms']:.2f}"] for line in printed.splitlines())
 
