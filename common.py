@@ -684,7 +684,7 @@ WEIGHTS, TRAINING, EVALUATION = 1, 2, 3  # streams of random numbers that never 
 
 def seed_all(stream, seed, index=0):
     """Seeds every draw that follows. Training data are a function of (seed, iteration), so resuming replays them."""
-    torch.manual_seed(int(np.random.SeedSequence((stream, seed, index)).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(int(np.random.SeedSequence((stream, seed, index)).generate_state(1, np.uint64)[0]) >> 1)
 
 
 def replace_file(path, write):
