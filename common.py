@@ -793,7 +793,7 @@ class Journal:
         start, saved = time.time() - self.seconds, time.time()
         self.bar = tqdm(total=self.args.iters, initial=self.iteration, unit="it", dynamic_ncols=True, disable=RANK > 0)
         # A signal to one rank stops all of them after the same iteration.
-        while not (stop := int(all_reduce(torch.tensor(self.stop), "MAX"))) and self.iteration < self.args.iters:
+        while not (stop := all_reduce(torch.tensor(self.stop), "MAX")) and self.iteration < self.args.iters:
             yield self.iteration
             self.iteration += 1
             self.seconds = time.time() - start
@@ -808,8 +808,8 @@ class Journal:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if RANKS > 1:
-            dist.destroy_process_group()
-        stop = max(stop, self.stop)  # one may have come during the last save; SIGTERM is the larger
+            dist.destroy_process_group()  # with `stop` alive: torch 2.6 hangs now and then if the last message is for gloo to free
+        stop = max(int(stop), self.stop)  # one may have come during the last save; SIGTERM is the larger
         how = f"stopped after {self.iteration} of {self.args.iters} iterations; go on with" if stop else "trained; evaluated now, or later by"
         print(f"{how} --resume {self.args.out}")
         if stop == signal.SIGTERM:
