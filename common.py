@@ -428,8 +428,9 @@ def run(main):
 # step, and N ranks make the optimizer steps that one would make. Rank 0 alone writes and evaluates.
 
 with or_fail("RANK and WORLD_SIZE are not those of a rank: start with torchrun, or unset them"):
-    RANK, RANKS = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    range(RANKS)[RANK]  # an IndexError where there is no such rank
+    RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= RANK < RANKS:
+        raise ValueError(f"rank {RANK} of {RANKS}")
 
 
 def join(words=()):
