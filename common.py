@@ -433,10 +433,8 @@ with or_fail("RANK and WORLD_SIZE are not those of a rank: start with torchrun, 
         raise ValueError(f"rank {RANK} of {RANKS}")
 
 
-def join(words=()):
+def join():
     """The ranks meet when rank 0 is ready to train: alone, it checks the flags and downloads the data. The others print nothing."""
-    if {word.partition("=")[0] for word in words} & {"--eval", "--plot-only"}:
-        sys.exit()  # nothing to train
     if RANK:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.stdout = open(os.devnull, "w")
@@ -575,7 +573,9 @@ def parse_args(parser, presets, argv=None):
     """
     argv, script = sys.argv[1:] if argv is None else argv, parser.prog.removesuffix(".py")
     if RANK:
-        join(argv)
+        if {word.partition("=")[0] for word in argv} & {"--eval", "--plot-only"}:
+            sys.exit()  # nothing to train
+        join()
     unset = argparse.Namespace(**{action.dest: None for action in parser._actions})
     given = {flag: value for flag, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
     if "plot_only" in given and len(given) > 1:
