@@ -738,10 +738,10 @@ def place(model, args):
 
 def make_optimizer(model, args):
     """AdamW. The explicit regime's predictor learns at 3% of the rate: the transformer that updates its weights has to keep up with it."""
-    named = list(model.named_parameters())
-    predictor = [p for name, p in named if name.startswith("basis.")]
-    others = [p for name, p in named if not name.startswith("basis.")]
-    groups = [{"params": params, "share": share} for params, share in ((others, 1.0), (predictor, 0.03)) if params]
+    shares = {1.0: [], 0.03: []}  # which parameters learn at this share of the rate
+    for name, p in model.named_parameters():
+        shares[0.03 if name.startswith("basis.") else 1.0].append(p)
+    groups = [{"params": params, "share": share} for share, params in shares.items() if params]
     return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
 
@@ -780,11 +780,11 @@ class Journal:
             with or_fail(f"cannot write to --out {args.out}"):
                 os.makedirs(args.out, exist_ok=True)
                 self.save()
-                for name in set(RUN_FILES[1:]) & set(os.listdir(args.out)):  # of the run that --overwrite replaces
-                    os.remove(os.path.join(args.out, name))
+                for name in RUN_FILES[1:]:  # of the run that --overwrite replaces
+                    Path(args.out, name).unlink(missing_ok=True)
 
     def __iter__(self):
-        self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {signum: signal.signal(signum, self.interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
         if not RANK:
             join()
         all_reduce(torch.zeros(1))  # the others have loaded their data, too, before the clock starts
@@ -803,8 +803,8 @@ class Journal:
                 saved = time.time()
         self.save()
         self.bar.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
         if RANKS > 1:
             dist.destroy_process_group()  # with `stop` alive: torch 2.6 hangs now and then if the last message is for gloo to free
         stop = max(int(stop), self.stop)  # one may have come during the last save; SIGTERM is the larger
@@ -815,8 +815,8 @@ class Journal:
         if RANK:  # evaluation is for rank 0
             os._exit(0)  # at once: with an orderly exit gloo's threads now and then ended in an abort
 
-    def interrupt(self, number, _):
-        self.stop = number
+    def interrupt(self, signum, _):
+        self.stop = signum
         signal.signal(signal.SIGINT, self.handlers[signal.SIGINT])  # a second Ctrl-C does not wait for the end of the iteration
 
     def log(self, losses, metric):
@@ -825,7 +825,7 @@ class Journal:
 
     def check_finite(self):
         """Ends the run before a bad loss or a bad weight can replace the last good checkpoint."""
-        finite = torch.stack(self.pending).isfinite().all(1).tolist() if self.pending else []
+        finite = [bool(row.isfinite().all()) for row in self.pending]
         finite.append(all(p.isfinite().all() for p in self.model.parameters()))  # which spoil the iteration to come
         if not all(finite):
             bad = self.iteration - len(self.pending) + 1 + finite.index(False)
