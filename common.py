@@ -369,6 +369,7 @@ class Implicit(nn.Module):
         return self.read(past, self.encode(x, y), query_x, visible, step)
 
     def read(self, past, memories, query_x, visible=None, step=0):
+        """`update` from the keys and values of an encoded mini-batch; of these each query sees what `visible` (B, 1, Q, N) says."""
         state = past[-1].softmax(-1) if self.kind == "softmax" else past[-1]
         tokens = self.query(torch.cat([query_x, self.scale * state], -1)) + self.query_embedding  # (B, Q, D)
         if self.older is not None:
@@ -864,9 +865,9 @@ def evaluation_tasks(sample, total, stream=0, chunk=32):
     """Yields `total` tasks in chunks drawn by sample(B); they depend on `stream` alone, not on --seed or --tasks."""
     for index, first in enumerate(range(0, total, chunk)):
         seed_all(EVALUATION, stream, index)
-        cut = min(chunk, total - first)
         task = sample(chunk)
-        yield Task(task.context_x[:, :cut], task.context_y[:, :cut], task.query_x[:cut], task.query_y[:cut])
+        left = total - first
+        yield Task(task.context_x[:, :left], task.context_y[:, :left], task.query_x[:left], task.query_y[:left])
 
 
 @torch.no_grad()
@@ -950,8 +951,8 @@ def plot_steps(out, results, log_scale=False):
     columns = 3 if many else panels
     rows = -(-panels // columns)
     fig = Figure(figsize=(4.6 * columns, 3.8 * rows))
-    for place, (split, m) in enumerate(metrics.items(), 1):
-        ax = fig.add_subplot(rows, columns, place)
+    for panel, (split, m) in enumerate(metrics.items(), 1):
+        ax = fig.add_subplot(rows, columns, panel)
         ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=COLORS[0], lw=2, capsize=3, label="this model", zorder=3)
         for i, (name, b) in enumerate(results["baselines"][split].items(), 1):
             marker = "." if len(b["steps"]) > 1 else "D"
@@ -961,7 +962,7 @@ def plot_steps(out, results, log_scale=False):
         ax.set(title=textwrap.fill(where + m["data"], 45), xlabel="mini-batches seen", ylabel=m["name"])
         if log_scale:
             log_axis(ax, "y")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.locator_params("x", integer=True)
         ax.grid(alpha=0.3)
         if not many:
             ax.legend(fontsize=7)
