@@ -932,11 +932,12 @@ def log_axis(ax, which):
     """Makes an axis ("x" or "y") of what is drawn so far logarithmic, with ticks in plain numbers: the fewer, the more decades it spans."""
     ax.set(**{f"{which}scale": "log"})
     low, high = getattr(ax, f"get_{which}lim")()
-    locator = LogLocator(subs=range(1, 10) if high < 5 * low else (1, 2, 5) if high < 500 * low else (1,))
+    subs = range(1, 10) if high < 5 * low else (1, 2, 3, 5) if high < 50 * low else (1, 2, 5) if high < 500 * low else (1,)
+    locator = LogLocator(subs=subs)
     getattr(ax, f"{which}axis").set(major_locator=locator, major_formatter="{x:g}", minor_formatter=NullFormatter())
 
 
-def save_figure(fig, path, dpi=130):
+def save_figure(fig, path, dpi=160):
     replace_file(path, lambda f: fig.savefig(f, dpi=dpi, format="png"))
 
 
@@ -947,10 +948,10 @@ def plot_steps(out, results, log_scale=False):
     """
     args, metrics, log = results["args"], results["metrics"], read_log(out)
     K, panels = args["steps"], len(metrics) + bool(log)
-    many = panels > 5  # in rows of three, with one legend for all
-    columns = 3 if many else panels
+    columns = 3 if panels > 5 else panels
     rows = -(-panels // columns)
-    fig = Figure(figsize=(4.6 * columns, 3.8 * rows))
+    fig = Figure(figsize=(3.5 * columns, 3.2 * rows + 0.8), layout="constrained")
+    legend = {}  # one for all panels: label -> what it stands for
     for panel, (split, m) in enumerate(metrics.items(), 1):
         ax = fig.add_subplot(rows, columns, panel)
         ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=COLORS[0], lw=2, capsize=3, label="this model", zorder=3)
@@ -959,26 +960,25 @@ def plot_steps(out, results, log_scale=False):
             ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=marker, color=COLORS[i % len(COLORS)], label=name)
         ax.axvline(K, color="0.7", lw=1, zorder=0, label="trained up to here")
         where = "in distribution: " if split == "id" else "out of distribution: " if split.startswith("ood") else ""
-        ax.set(title=textwrap.fill(where + m["data"], 45), xlabel="mini-batches seen", ylabel=m["name"])
+        ax.set_title(textwrap.fill(where + m["data"], 42), fontsize=10)
+        ax.set(xlabel="mini-batches seen", ylabel=m["name"])
         if log_scale:
             log_axis(ax, "y")
         ax.locator_params("x", integer=True)
         ax.grid(alpha=0.3)
-        if not many:
-            ax.legend(fontsize=7)
-    if many:
-        fig.legend(*ax.get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=9)
+        legend |= dict(zip(*reversed(ax.get_legend_handles_labels())))
+    fig.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=1 + columns, fontsize=9)
     if log:
         ax = fig.add_subplot(rows, columns, panels)
         for k in range(K):
             color = colormaps["viridis"](k / max(K, 2))
             ax.plot([row["iteration"] for row in log], [row["loss"][k] for row in log], color=color, lw=1, label=f"step {k + 1}")
-        ax.set(title="training loss of each step", xlabel="iteration")
+        ax.set_title("training loss of each step", fontsize=10)
+        ax.set_xlabel("iteration")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7, ncols=2 if K > 5 else 1)
+        ax.legend(fontsize=9, ncols=2 if K > 5 else 1)
     kind = args["regime"] if args["regime"] == "implicit" else f"{args['regime']}, signal {args['signal']}, decoder {args['decoder']}"
     kind += ", with a clock" if args.get("clock") == "steps" else ""
     title = f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}"
-    fig.suptitle(textwrap.fill(title, 45 * columns), fontsize=11)
-    fig.tight_layout(rect=(0, 0.06 if many else 0, 1, 1))
+    fig.suptitle(textwrap.fill(title, 40 * columns), fontsize=11)
     save_figure(fig, os.path.join(out, "error.png"))
