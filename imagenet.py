@@ -76,16 +76,13 @@ NOISE_STD = (1 - FAMILY_STD**2 - MEMBER_STD**2) ** 0.5  # so that features have 
 def read_npz(path):
     """Features of the stand-in, int8 numbers times `scale`, in the form of read_features."""
     parts = {}
-    try:
-        with np.load(path) as f:
-            for split in ("train", "test"):
-                x, y = f[f"x_{split}"] * f["scale"].astype(np.float16), f[f"y_{split}"]
-                whole = x.ndim == 2 and x.size and np.isfinite(x).all() and y.shape == x.shape[:1]
-                if not whole or y.dtype.kind not in "iu" or y.min() < 0 or y.max() > 10**6:
-                    raise ValueError
-                parts[split] = [(x, y)]
-    except Exception:  # numpy and zip raise a dozen kinds, and every one means the same to the user
-        common.fail(f"{path} is damaged, or no file of features (x_train, y_train, x_test, y_test, scale)")
+    with common.or_fail(f"{path} is damaged, or no file of features"), np.load(path) as f:
+        for split in ("train", "test"):
+            x, y = f[f"x_{split}"] * f["scale"].astype(np.float16), f[f"y_{split}"]
+            whole = x.ndim == 2 and x.size and np.isfinite(x).all() and y.shape == x.shape[:1]
+            if not whole or y.dtype.kind not in "iu" or y.min() < 0 or y.max() > 10**6:
+                raise ValueError(f"x_{split} or y_{split} is not what it should be")
+            parts[split] = [(x, y)]
     return parts, {"backbone": "MobileNetV2", "size": 1280, "weights_sha256": None}
 
 
@@ -346,17 +343,17 @@ def load_backbone(args):
     from torchvision import models, transforms
 
     name = args.backbone.removeprefix("torchvision:")
-    try:
-        with contextlib.redirect_stderr(sys.stdout):  # downloads announce themselves; stderr is for what is wrong
-            if name == args.backbone:
-                hub, where = (args.hub_dir, "local") if args.hub_dir else ("facebookresearch/dinov2", "github")
-                model = torch.hub.load(hub, name, source=where, trust_repo=True, skip_validation=True, pretrained=not args.weights)
-                resize = transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC)
-                normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # as its repository evaluates
-                preprocess = transforms.Compose([resize, transforms.CenterCrop(224), transforms.ToTensor(), normalize])
-            else:
-                model = models.get_model(name, weights=None if args.weights else "DEFAULT")
-                preprocess = models.get_model_weights(name).DEFAULT.transforms()
+    trouble = f"cannot load {args.backbone} with {args.weights or 'its published weights'}: --weights FILE and --hub-dir DIR take what is on disk"
+    with common.or_fail(trouble), contextlib.redirect_stderr(sys.stdout):  # downloads announce themselves; stderr is for what is wrong
+        if name == args.backbone:
+            hub, where = (args.hub_dir, "local") if args.hub_dir else ("facebookresearch/dinov2", "github")
+            model = torch.hub.load(hub, name, source=where, trust_repo=True, skip_validation=True, pretrained=not args.weights)
+            resize = transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC)
+            normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # as its repository evaluates
+            preprocess = transforms.Compose([resize, transforms.CenterCrop(224), transforms.ToTensor(), normalize])
+        else:
+            model = models.get_model(name, weights=None if args.weights else "DEFAULT")
+            preprocess = models.get_model_weights(name).DEFAULT.transforms()
         if args.weights:
             model.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
         if name != args.backbone:
@@ -366,26 +363,21 @@ def load_backbone(args):
             model.set_submodule(linear[-1], nn.Identity())
         model.requires_grad_(False).eval().to(args.device)
         return model, preprocess, forward(model, preprocess(Image.new("RGB", (256, 256)))[None], args).shape[1]
-    except Exception as problem:  # a network, an archive, a pickle or a hub's own code: each raises errors of its own
-        what = args.backbone + (f" with {args.weights}" if args.weights else "")
-        common.fail(f"cannot load {what}: {str(problem).partition(chr(10))[0]} (--weights FILE and --hub-dir DIR take what is on disk)")
 
 
 def open_source(args, preprocess):
     """-> {"train": ..., "test": ...}, torchvision's datasets: (preprocessed image, label) by index."""
     from torchvision import datasets
 
-    try:
-        with contextlib.redirect_stderr(sys.stdout):
-            if args.extract == "imagenet":
-                train, test = (datasets.ImageFolder(os.path.join(args.source, part), preprocess) for part in ("train", "val"))
-            else:
-                cifar, there = getattr(datasets, args.extract.upper()), os.path.isdir(args.source)  # a mistyped folder is not made
-                train, test = (cifar(args.source, part == "train", preprocess, download=there) for part in ("train", "test"))
-    except (OSError, RuntimeError) as problem:
-        common.fail(f"--source {args.source} does not hold {NAMES[args.extract]}: {str(problem).partition(chr(10))[0]}")
-    if train.classes != test.classes:
-        common.fail(f"--source {args.source}: train/ and val/ do not have the same classes")
+    with common.or_fail(f"--source {args.source} does not hold {NAMES[args.extract]}"), contextlib.redirect_stderr(sys.stdout):
+        if args.extract == "imagenet":
+            train, test = (datasets.ImageFolder(os.path.join(args.source, part), preprocess) for part in ("train", "val"))
+        else:
+            cifar = getattr(datasets, args.extract.upper())
+            there = os.path.isdir(args.source)  # a mistyped folder is not made
+            train, test = (cifar(args.source, part, preprocess, download=there) for part in (True, False))
+        if train.classes != test.classes:
+            raise ValueError("train/ and val/ do not have the same classes")
     return {"train": train, "test": test}
 
 
@@ -433,13 +425,11 @@ def read_shard(path, size):
 
 def read_facts(folder):
     """features.json, which has a "count" once all shards are there."""
-    try:
+    with common.or_fail(f"{folder}/features.json is missing or damaged: delete the folder to extract it again"):
         facts = json.loads(Path(folder, "features.json").read_text())
         if not facts.keys() >= {"backbone", "weights_sha256", "size"}:
-            raise ValueError
+            raise ValueError("it says too little")
         return facts
-    except (OSError, ValueError, AttributeError):
-        common.fail(f"{folder}/features.json is missing or damaged: delete the folder to extract it again")
 
 
 def read_features(folder):
