@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 NAMES = {
@@ -339,7 +340,6 @@ def get_extraction_args(argv):
 
 def load_backbone(args):
     """-> a network from images to features (B, d), the preprocessing that it was trained for, and d."""
-    from PIL import Image
     from torchvision import models, transforms
 
     name = args.backbone.removeprefix("torchvision:")
@@ -388,8 +388,6 @@ class Decoded(torch.utils.data.Dataset):
         self.images = images
 
     def __getitem__(self, index):
-        from PIL import Image
-
         try:
             return self.images[index]
         except Exception as problem:  # decoders raise errors of all kinds
