@@ -477,8 +477,7 @@ def extract_split(split, images, model, size, folder, args):
                 good = label >= 0
                 rows += zip(batch[good].tolist(), label[good].tolist(), x[good].numpy())
                 bar.update(len(batch))
-            content = np.array(rows, row_type(size))
-            common.replace_file(str(path), lambda f: np.save(f, content))
+            common.replace_file(str(path), lambda f: np.save(f, np.array(rows, row_type(size))))
     if todo:
         speed, start = left / (time.time() - start), time.time()
         for _ in range(3):
@@ -488,8 +487,9 @@ def extract_split(split, images, model, size, folder, args):
     else:
         print(f"{split}: nothing to do, all of it was there")
     kept = np.concatenate([read_shard(path, size)["image"] for path in shards])
-    name = lambda i: os.path.relpath(images.samples[i][0], args.source) if args.extract == "imagenet" else f"{split} {i}"
-    return [name(i) for i in np.setdiff1d(indices, kept)]
+    if not len(kept):
+        common.fail(f"no image of {split} can be decoded")
+    return [os.path.relpath(images.samples[i][0], args.source) for i in np.setdiff1d(indices, kept)]  # CIFAR's are no files, and whole
 
 
 def extract(argv):
@@ -499,27 +499,27 @@ def extract(argv):
     args = get_extraction_args(argv)
     model, preprocess, size = load_backbone(args)
     source = open_source(args, preprocess)
-    facts = describe(args, source, model, preprocess, size)
+    asked = describe(args, source, model, preprocess, size)
     folder = Path(args.data_dir, "features", folder_name(args.backbone), args.extract)
     path = folder / "features.json"
-    before = read_facts(folder) if path.exists() else facts | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    different = [key for key in facts if before.get(key) != facts[key]]
+    facts = read_facts(folder) if path.exists() else asked | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    different = [key for key in asked if facts.get(key) != asked[key]]
     if different:
         common.fail(f"{folder} holds other features (not the same {', '.join(different)}): delete it, or choose another --data-dir")
     print(f"{NAMES[args.extract]} through {facts['backbone']} on {args.device}: {size} features an image; writes to {folder}")
-    common.write_json(str(path), before)
+    common.write_json(str(path), facts)
     try:
         skipped = {split: extract_split(split, images, model, size, folder, args) for split, images in source.items()}
     except OSError as problem:
         common.fail(f"cannot go on with {folder}: {str(problem).splitlines()[-1]}")
-    count = {split: len(images) - len(skipped[split]) for split, images in source.items()}
-    if empty := [split for split, images in count.items() if not images]:
-        common.fail(f"no image of {empty[0]} can be decoded")
-    facts = before if "count" in before else before | {"count": count, "skipped": skipped}  # counted once: foreign shards do not fit
-    for name in facts["skipped"]["train"] + facts["skipped"]["test"]:
+    if "count" not in facts:  # counted once: shards of another extraction do not fit
+        facts["count"] = {split: len(images) - len(skipped[split]) for split, images in source.items()}
+        facts["skipped"] = skipped
+        common.write_json(str(path), facts)
+    names = facts["skipped"]["train"] + facts["skipped"]["test"]
+    for name in names:
         print(f"skipped {name}: cannot be decoded")
-    print(f"{sum(facts['count'].values())} images, {sum(map(len, facts['skipped'].values()))} skipped")
-    common.write_json(str(path), facts)
+    print(f"{sum(facts['count'].values())} images, {len(names)} skipped")
 
 
 # ---------------------------------------------------------------- main
