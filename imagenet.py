@@ -481,8 +481,8 @@ def extract_split(split, images, model, size, folder, args):
     if todo:
         speed, start = left / (time.time() - start), time.time()
         for _ in range(3):
-            forward(model, pixels, args)
-        alone = 3 * len(pixels) / (time.time() - start)
+            forward(model, pixels[:1].expand(args.batch, -1, -1, -1), args)  # a whole batch: the last one may be smaller
+        alone = 3 * args.batch / (time.time() - start)
         print(f"{split}: {speed:.1f} images/s, {100 * speed / alone:.0f}% of the {alone:.1f} that the backbone does by itself")
     else:
         print(f"{split}: nothing to do, all of it was there")
