@@ -135,6 +135,29 @@ def draw_synthetic(key, seed, args):
     return make_features(key, NAMES[key], draw(200), draw(50), means.to(args.device))
 
 
+def load_images(args):
+    """Features of images, all standardised with the statistics of what is trained on."""
+    data, folder, stand_in = {}, Path(args.data_dir, "features"), args.features == MOBILENET
+    datasets = {"id": "tiny_imagenet" if stand_in else "imagenet", "ood_cifar10": "cifar10", "ood_cifar100": "cifar100"}
+    for split, dataset in datasets.items():
+        path = folder / f"{dataset}.npz" if stand_in else folder / args.features / dataset
+        if not path.exists() and split == "id":
+            common.fail(f"no features at {path}: extract them (imagenet.py --extract imagenet --help), or drop --features")
+        if not path.exists():
+            print(f"{split} will not run: no features at {path}")
+            continue
+        parts, facts = read_npz(path) if stand_in else read_features(path)
+        if split == "id":
+            weights, statistics = facts["weights_sha256"], principal(parts["train"], args.dim)
+        d, dim = statistics[1].shape
+        if facts["weights_sha256"] != weights or any(x.shape[1] != d for part in parts.values() for x, _ in part):
+            common.fail(f"{path} and the features that are trained on come from different weights: extract one of them again")
+        name = f"{NAMES[dataset]}, {facts['backbone']} features ({dim} of {facts['size']:,} dimensions by PCA)"
+        train, test = (standardise(parts[s], statistics, args.device) for s in ("train", "test"))
+        data[split] = make_features(dataset, name, train, test)
+    return data
+
+
 def load(args):
     """-> {"id": what is trained on, "ood_cifar10": ..., ...}; args.features becomes the backbone. `auto` says loudly when it finds none."""
     if args.features == "auto":
@@ -156,29 +179,6 @@ def load(args):
         data = load_images(args)
     if args.ways > len(data["id"].train.count):
         common.fail(f"--ways {args.ways} is more than the {len(data['id'].train.count)} classes of {data['id'].name}")
-    return data
-
-
-def load_images(args):
-    """Features of images, all standardised with the statistics of what is trained on."""
-    data, folder, stand_in = {}, Path(args.data_dir, "features"), args.features == MOBILENET
-    datasets = {"id": "tiny_imagenet" if stand_in else "imagenet", "ood_cifar10": "cifar10", "ood_cifar100": "cifar100"}
-    for split, dataset in datasets.items():
-        path = folder / f"{dataset}.npz" if stand_in else folder / args.features / dataset
-        if not path.exists() and split == "id":
-            common.fail(f"no features at {path}: extract them (imagenet.py --extract imagenet --help), or drop --features")
-        if not path.exists():
-            print(f"{split} will not run: no features at {path}")
-            continue
-        parts, facts = read_npz(path) if stand_in else read_features(path)
-        if split == "id":
-            weights, statistics = facts["weights_sha256"], principal(parts["train"], args.dim)
-        d, dim = statistics[1].shape
-        if facts["weights_sha256"] != weights or any(x.shape[1] != d for part in parts.values() for x, _ in part):
-            common.fail(f"{path} and the features that are trained on come from different weights: extract one of them again")
-        name = f"{NAMES[dataset]}, {facts['backbone']} features ({dim} of {facts['size']:,} dimensions by PCA)"
-        train, test = (standardise(parts[s], statistics, args.device) for s in ("train", "test"))
-        data[split] = make_features(dataset, name, train, test)
     return data
 
 
