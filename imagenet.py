@@ -334,7 +334,7 @@ def get_extraction_args(argv):
     add("--workers", type=common.number(int, 0), default=os.cpu_count(), help="processes that decode images; 0: none but this one")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
-    args.device, _, _ = common.pick_device(args.device, "auto")
+    args.device = common.pick_device(args.device, "auto")[0]
     return args
 
 
@@ -403,7 +403,7 @@ def quiet_worker(_):
 @torch.no_grad()
 def forward(model, pixels, args):
     """Features (B, d), on the CPU. Half precision on a GPU, as they are stored."""
-    with torch.autocast(torch.device(args.device).type, torch.float16, enabled=args.device.startswith("cuda")):
+    with torch.autocast("cuda", torch.float16, enabled=args.device.startswith("cuda")):
         return model(pixels.to(args.device, non_blocking=True)).flatten(1).float().cpu()
 
 
