@@ -421,25 +421,16 @@ def read_shard(path, size):
     return rows if rows.dtype == row_type(size) else None
 
 
-def read_facts(folder):
-    """features.json, which has a "count" once all shards are there."""
-    with common.or_fail(f"{folder}/features.json is missing or damaged: delete the folder to extract it again"):
-        facts = json.loads(Path(folder, "features.json").read_text())
-        if not facts.keys() >= {"backbone", "weights_sha256", "size"}:
-            raise ValueError("it says too little")
-        return facts
-
-
 def read_features(folder):
     """A finished extraction, memory-mapped -> {"train": [(x (n, d), y (n,)) of each shard], "test": ...}, features.json."""
-    facts, parts = read_facts(folder), {}
-    if "count" not in facts:
-        common.fail(f"{folder} is an extraction that did not finish: run its command again")
-    for split, count in facts["count"].items():
-        shards = [read_shard(path, facts["size"]) for path in sorted(Path(folder).glob(f"{split}-*.npy"))]
-        if any(rows is None for rows in shards) or sum(map(len, shards)) != count:
-            common.fail(f"{folder} does not hold the {count} images of {split}: run its command again, or delete it if that is no help")
-        parts[split] = [(rows["x"], rows["label"]) for rows in shards]
+    parts = {}
+    with common.or_fail(f"{folder} is damaged, or an extraction that did not finish: run its command again, or delete it if that is no help"):
+        facts = json.loads(Path(folder, "features.json").read_text())
+        for split, count in facts["count"].items():  # which is there once all shards are
+            shards = [read_shard(path, facts["size"]) for path in sorted(Path(folder).glob(f"{split}-*.npy"))]
+            if any(rows is None for rows in shards) or sum(map(len, shards)) != count:
+                raise ValueError(f"it does not hold the {count} images of {split}")
+            parts[split] = [(rows["x"], rows["label"]) for rows in shards]
     return parts, facts
 
 
@@ -502,8 +493,9 @@ def extract(argv):
     asked = describe(args, source, model, preprocess, size)
     folder = Path(args.data_dir, "features", folder_name(args.backbone), args.extract)
     path = folder / "features.json"
-    facts = read_facts(folder) if path.exists() else asked | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    different = [key for key in asked if facts.get(key) != asked[key]]
+    with common.or_fail(f"{path} is damaged: delete its folder to extract it again"):
+        facts = json.loads(path.read_text()) if path.exists() else asked | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        different = [key for key in asked if facts.get(key) != asked[key]]
     if different:
         common.fail(f"{folder} holds other features (not the same {', '.join(different)}): delete it, or choose another --data-dir")
     print(f"{NAMES[args.extract]} through {facts['backbone']} on {args.device}: {size} features an image; writes to {folder}")
