@@ -194,8 +194,8 @@ def draw_classes(B, classes, args):
 def sample_tasks(features, B, K, args):
     """B tasks with K mini-batches: classes and labels of their own, context from training and queries from held-out features.
 
-    One-hot labels of the context are times sqrt(ways), so that their numbers are of order one as those of x are: labels are else
-    a whisper among the features, and the plateau of training was twice as long.
+    One-hot labels of the context are times sqrt(ways), so that their numbers are of order one as those of x are: without
+    it labels are a whisper among the features, and the plateau of training was twice as long.
     """
     chosen, relabel = draw_classes(B, len(features.train.count), args)
 
@@ -343,7 +343,7 @@ def load_backbone(args):
     from torchvision import models, transforms
 
     name = args.backbone.removeprefix("torchvision:")
-    trouble = f"cannot load {args.backbone} with {args.weights or 'its published weights'}: --weights FILE and --hub-dir DIR take what is on disk"
+    trouble = f"cannot load {args.backbone} with --weights {args.weights} and --hub-dir {args.hub_dir}, which take what is on disk"
     with common.or_fail(trouble), contextlib.redirect_stderr(sys.stdout):  # downloads announce themselves; stderr is for what is wrong
         if name == args.backbone:
             hub, where = (args.hub_dir, "local") if args.hub_dir else ("facebookresearch/dinov2", "github")
