@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 NAMES = {
@@ -76,16 +77,13 @@ NOISE_STD = (1 - FAMILY_STD**2 - MEMBER_STD**2) ** 0.5  # so that features have 
 def read_npz(path):
     """Features of the stand-in, int8 numbers times `scale`, in the form of read_features."""
     parts = {}
-    try:
-        with np.load(path) as f:
-            for split in ("train", "test"):
-                x, y = f[f"x_{split}"] * f["scale"].astype(np.float16), f[f"y_{split}"]
-                whole = x.ndim == 2 and x.size and np.isfinite(x).all() and y.shape == x.shape[:1]
-                if not whole or y.dtype.kind not in "iu" or y.min() < 0 or y.max() > 10**6:
-                    raise ValueError
-                parts[split] = [(x, y)]
-    except Exception:  # numpy and zip raise a dozen kinds, and every one means the same to the user
-        common.fail(f"{path} is damaged, or no file of features (x_train, y_train, x_test, y_test, scale)")
+    with common.or_fail(f"{path} is damaged, or no file of features"), np.load(path) as f:
+        for split in ("train", "test"):
+            x, y = f[f"x_{split}"] * f["scale"].astype(np.float16), f[f"y_{split}"]
+            whole = x.ndim == 2 and x.size and np.isfinite(x).all() and y.shape == x.shape[:1]
+            if not whole or y.dtype.kind not in "iu" or y.min() < 0 or y.max() > 10**6:
+                raise ValueError(f"x_{split} or y_{split} is not what it should be")
+            parts[split] = [(x, y)]
     return parts, {"backbone": "MobileNetV2", "size": 1280, "weights_sha256": None}
 
 
@@ -137,6 +135,29 @@ def draw_synthetic(key, seed, args):
     return make_features(key, NAMES[key], draw(200), draw(50), means.to(args.device))
 
 
+def load_images(args):
+    """Features of images, all standardised with the statistics of what is trained on."""
+    data, folder, stand_in = {}, Path(args.data_dir, "features"), args.features == MOBILENET
+    datasets = {"id": "tiny_imagenet" if stand_in else "imagenet", "ood_cifar10": "cifar10", "ood_cifar100": "cifar100"}
+    for split, dataset in datasets.items():
+        path = folder / f"{dataset}.npz" if stand_in else folder / args.features / dataset
+        if not path.exists() and split == "id":
+            common.fail(f"no features at {path}: extract them (imagenet.py --extract imagenet --help), or drop --features")
+        if not path.exists():
+            print(f"{split} will not run: no features at {path}")
+            continue
+        parts, facts = read_npz(path) if stand_in else read_features(path)
+        if split == "id":
+            weights, statistics = facts["weights_sha256"], principal(parts["train"], args.dim)
+        d, dim = statistics[1].shape
+        if facts["weights_sha256"] != weights or any(x.shape[1] != d for part in parts.values() for x, _ in part):
+            common.fail(f"{path} and the features that are trained on come from different weights: extract one of them again")
+        name = f"{NAMES[dataset]}, {facts['backbone']} features ({dim} of {facts['size']:,} dimensions by PCA)"
+        train, test = (standardise(parts[s], statistics, args.device) for s in ("train", "test"))
+        data[split] = make_features(dataset, name, train, test)
+    return data
+
+
 def load(args):
     """-> {"id": what is trained on, "ood_cifar10": ..., ...}; args.features becomes the backbone. `auto` says loudly when it finds none."""
     if args.features == "auto":
@@ -161,29 +182,6 @@ def load(args):
     return data
 
 
-def load_images(args):
-    """Features of images, all standardised with the statistics of what is trained on."""
-    data, folder, stand_in = {}, Path(args.data_dir, "features"), args.features == MOBILENET
-    datasets = {"id": "tiny_imagenet" if stand_in else "imagenet", "ood_cifar10": "cifar10", "ood_cifar100": "cifar100"}
-    for split, dataset in datasets.items():
-        path = folder / f"{dataset}.npz" if stand_in else folder / args.features / dataset
-        if not path.exists() and split == "id":
-            common.fail(f"no features at {path}: extract them (imagenet.py --extract imagenet --help), or drop --features")
-        if not path.exists():
-            print(f"{split} will not run: no features at {path}")
-            continue
-        parts, facts = read_npz(path) if stand_in else read_features(path)
-        if split == "id":
-            weights, statistics = facts["weights_sha256"], principal(parts["train"], args.dim)
-        d, dim = statistics[1].shape
-        if facts["weights_sha256"] != weights or any(x.shape[1] != d for part in parts.values() for x, _ in part):
-            common.fail(f"{path} and the features that are trained on come from different weights: extract one of them again")
-        name = f"{NAMES[dataset]}, {facts['backbone']} features ({dim} of {facts['size']:,} dimensions by PCA)"
-        train, test = (standardise(parts[s], statistics, args.device) for s in ("train", "test"))
-        data[split] = make_features(dataset, name, train, test)
-    return data
-
-
 # ---------------------------------------------------------------- the task
 
 
@@ -196,8 +194,8 @@ def draw_classes(B, classes, args):
 def sample_tasks(features, B, K, args):
     """B tasks with K mini-batches: classes and labels of their own, context from training and queries from held-out features.
 
-    One-hot labels of the context are times sqrt(ways), so that their numbers are of order one as those of x are: labels are else
-    a whisper among the features, and the plateau of training was twice as long.
+    One-hot labels of the context are times sqrt(ways), so that their numbers are of order one as those of x are: without
+    it labels are a whisper among the features, and the plateau of training was twice as long.
     """
     chosen, relabel = draw_classes(B, len(features.train.count), args)
 
@@ -336,27 +334,26 @@ def get_extraction_args(argv):
     add("--workers", type=common.number(int, 0), default=os.cpu_count(), help="processes that decode images; 0: none but this one")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
-    args.device, _, _ = common.pick_device(args.device, "auto")
+    args.device = common.pick_device(args.device, "auto")[0]
     return args
 
 
 def load_backbone(args):
     """-> a network from images to features (B, d), the preprocessing that it was trained for, and d."""
-    from PIL import Image
     from torchvision import models, transforms
 
     name = args.backbone.removeprefix("torchvision:")
-    try:
-        with contextlib.redirect_stderr(sys.stdout):  # downloads announce themselves; stderr is for what is wrong
-            if name == args.backbone:
-                hub, where = (args.hub_dir, "local") if args.hub_dir else ("facebookresearch/dinov2", "github")
-                model = torch.hub.load(hub, name, source=where, trust_repo=True, skip_validation=True, pretrained=not args.weights)
-                resize = transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC)
-                normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # as its repository evaluates
-                preprocess = transforms.Compose([resize, transforms.CenterCrop(224), transforms.ToTensor(), normalize])
-            else:
-                model = models.get_model(name, weights=None if args.weights else "DEFAULT")
-                preprocess = models.get_model_weights(name).DEFAULT.transforms()
+    trouble = f"cannot load {args.backbone} with --weights {args.weights} and --hub-dir {args.hub_dir}, which take what is on disk"
+    with common.or_fail(trouble), contextlib.redirect_stderr(sys.stdout):  # downloads announce themselves; stderr is for what is wrong
+        if name == args.backbone:
+            hub, where = (args.hub_dir, "local") if args.hub_dir else ("facebookresearch/dinov2", "github")
+            model = torch.hub.load(hub, name, source=where, trust_repo=True, skip_validation=True, pretrained=not args.weights)
+            resize = transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC)
+            normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # as its repository evaluates
+            preprocess = transforms.Compose([resize, transforms.CenterCrop(224), transforms.ToTensor(), normalize])
+        else:
+            model = models.get_model(name, weights=None if args.weights else "DEFAULT")
+            preprocess = models.get_model_weights(name).DEFAULT.transforms()
         if args.weights:
             model.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
         if name != args.backbone:
@@ -366,26 +363,21 @@ def load_backbone(args):
             model.set_submodule(linear[-1], nn.Identity())
         model.requires_grad_(False).eval().to(args.device)
         return model, preprocess, forward(model, preprocess(Image.new("RGB", (256, 256)))[None], args).shape[1]
-    except Exception as problem:  # a network, an archive, a pickle or a hub's own code: each raises errors of its own
-        what = args.backbone + (f" with {args.weights}" if args.weights else "")
-        common.fail(f"cannot load {what}: {str(problem).partition(chr(10))[0]} (--weights FILE and --hub-dir DIR take what is on disk)")
 
 
 def open_source(args, preprocess):
     """-> {"train": ..., "test": ...}, torchvision's datasets: (preprocessed image, label) by index."""
     from torchvision import datasets
 
-    try:
-        with contextlib.redirect_stderr(sys.stdout):
-            if args.extract == "imagenet":
-                train, test = (datasets.ImageFolder(os.path.join(args.source, part), preprocess) for part in ("train", "val"))
-            else:
-                cifar, there = getattr(datasets, args.extract.upper()), os.path.isdir(args.source)  # a mistyped folder is not made
-                train, test = (cifar(args.source, part == "train", preprocess, download=there) for part in ("train", "test"))
-    except (OSError, RuntimeError) as problem:
-        common.fail(f"--source {args.source} does not hold {NAMES[args.extract]}: {str(problem).partition(chr(10))[0]}")
-    if train.classes != test.classes:
-        common.fail(f"--source {args.source}: train/ and val/ do not have the same classes")
+    with common.or_fail(f"--source {args.source} does not hold {NAMES[args.extract]}"), contextlib.redirect_stderr(sys.stdout):
+        if args.extract == "imagenet":
+            train, test = (datasets.ImageFolder(os.path.join(args.source, part), preprocess) for part in ("train", "val"))
+        else:
+            cifar = getattr(datasets, args.extract.upper())
+            there = os.path.isdir(args.source)  # a mistyped folder is not made
+            train, test = (cifar(args.source, part, preprocess, download=there) for part in (True, False))
+        if train.classes != test.classes:
+            raise ValueError("train/ and val/ do not have the same classes")
     return {"train": train, "test": test}
 
 
@@ -396,8 +388,6 @@ class Decoded(torch.utils.data.Dataset):
         self.images = images
 
     def __getitem__(self, index):
-        from PIL import Image
-
         try:
             return self.images[index]
         except Exception as problem:  # decoders raise errors of all kinds
@@ -413,7 +403,7 @@ def quiet_worker(_):
 @torch.no_grad()
 def forward(model, pixels, args):
     """Features (B, d), on the CPU. Half precision on a GPU, as they are stored."""
-    with torch.autocast(torch.device(args.device).type, torch.float16, enabled=args.device.startswith("cuda")):
+    with torch.autocast("cuda", torch.float16, enabled=args.device.startswith("cuda")):
         return model(pixels.to(args.device, non_blocking=True)).flatten(1).float().cpu()
 
 
@@ -431,27 +421,16 @@ def read_shard(path, size):
     return rows if rows.dtype == row_type(size) else None
 
 
-def read_facts(folder):
-    """features.json, which has a "count" once all shards are there."""
-    try:
-        facts = json.loads(Path(folder, "features.json").read_text())
-        if not facts.keys() >= {"backbone", "weights_sha256", "size"}:
-            raise ValueError
-        return facts
-    except (OSError, ValueError, AttributeError):
-        common.fail(f"{folder}/features.json is missing or damaged: delete the folder to extract it again")
-
-
 def read_features(folder):
     """A finished extraction, memory-mapped -> {"train": [(x (n, d), y (n,)) of each shard], "test": ...}, features.json."""
-    facts, parts = read_facts(folder), {}
-    if "count" not in facts:
-        common.fail(f"{folder} is an extraction that did not finish: run its command again")
-    for split, count in facts["count"].items():
-        shards = [read_shard(path, facts["size"]) for path in sorted(Path(folder).glob(f"{split}-*.npy"))]
-        if any(rows is None for rows in shards) or sum(map(len, shards)) != count:
-            common.fail(f"{folder} does not hold the {count} images of {split}: run its command again, or delete it if that is no help")
-        parts[split] = [(rows["x"], rows["label"]) for rows in shards]
+    parts = {}
+    with common.or_fail(f"{folder} is damaged, or an extraction that did not finish: run its command again, or delete it if that is no help"):
+        facts = json.loads(Path(folder, "features.json").read_text())
+        for split, count in facts["count"].items():  # which is there once all shards are
+            shards = [read_shard(path, facts["size"]) for path in sorted(Path(folder).glob(f"{split}-*.npy"))]
+            if any(rows is None for rows in shards) or sum(map(len, shards)) != count:
+                raise ValueError(f"it does not hold the {count} images of {split}")
+            parts[split] = [(rows["x"], rows["label"]) for rows in shards]
     return parts, facts
 
 
@@ -489,19 +468,19 @@ def extract_split(split, images, model, size, folder, args):
                 good = label >= 0
                 rows += zip(batch[good].tolist(), label[good].tolist(), x[good].numpy())
                 bar.update(len(batch))
-            content = np.array(rows, row_type(size))
-            common.replace_file(str(path), lambda f: np.save(f, content))
+            common.replace_file(str(path), lambda f: np.save(f, np.array(rows, row_type(size))))
     if todo:
         speed, start = left / (time.time() - start), time.time()
         for _ in range(3):
-            forward(model, pixels, args)
-        alone = 3 * len(pixels) / (time.time() - start)
+            forward(model, pixels[:1].expand(args.batch, -1, -1, -1), args)  # a whole batch: the last one may be smaller
+        alone = 3 * args.batch / (time.time() - start)
         print(f"{split}: {speed:.1f} images/s, {100 * speed / alone:.0f}% of the {alone:.1f} that the backbone does by itself")
     else:
         print(f"{split}: nothing to do, all of it was there")
     kept = np.concatenate([read_shard(path, size)["image"] for path in shards])
-    name = lambda i: os.path.relpath(images.samples[i][0], args.source) if args.extract == "imagenet" else f"{split} {i}"
-    return [name(i) for i in np.setdiff1d(indices, kept)]
+    if not len(kept):
+        common.fail(f"no image of {split} can be decoded")
+    return [os.path.relpath(images.samples[i][0], args.source) for i in np.setdiff1d(indices, kept)]  # CIFAR's are no files, and whole
 
 
 def extract(argv):
@@ -511,27 +490,28 @@ def extract(argv):
     args = get_extraction_args(argv)
     model, preprocess, size = load_backbone(args)
     source = open_source(args, preprocess)
-    facts = describe(args, source, model, preprocess, size)
+    asked = describe(args, source, model, preprocess, size)
     folder = Path(args.data_dir, "features", folder_name(args.backbone), args.extract)
     path = folder / "features.json"
-    before = read_facts(folder) if path.exists() else facts | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    different = [key for key in facts if before.get(key) != facts[key]]
+    with common.or_fail(f"{path} is damaged: delete its folder to extract it again"):
+        facts = json.loads(path.read_text()) if path.exists() else asked | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        different = [key for key in asked if facts.get(key) != asked[key]]
     if different:
         common.fail(f"{folder} holds other features (not the same {', '.join(different)}): delete it, or choose another --data-dir")
     print(f"{NAMES[args.extract]} through {facts['backbone']} on {args.device}: {size} features an image; writes to {folder}")
-    common.write_json(str(path), before)
+    common.write_json(str(path), facts)
     try:
         skipped = {split: extract_split(split, images, model, size, folder, args) for split, images in source.items()}
     except OSError as problem:
         common.fail(f"cannot go on with {folder}: {str(problem).splitlines()[-1]}")
-    count = {split: len(images) - len(skipped[split]) for split, images in source.items()}
-    if empty := [split for split, images in count.items() if not images]:
-        common.fail(f"no image of {empty[0]} can be decoded")
-    facts = before if "count" in before else before | {"count": count, "skipped": skipped}  # counted once: foreign shards do not fit
-    for name in facts["skipped"]["train"] + facts["skipped"]["test"]:
+    if "count" not in facts:  # counted once: shards of another extraction do not fit
+        facts["count"] = {split: len(images) - len(skipped[split]) for split, images in source.items()}
+        facts["skipped"] = skipped
+        common.write_json(str(path), facts)
+    names = facts["skipped"]["train"] + facts["skipped"]["test"]
+    for name in names:
         print(f"skipped {name}: cannot be decoded")
-    print(f"{sum(facts['count'].values())} images, {sum(map(len, facts['skipped'].values()))} skipped")
-    common.write_json(str(path), facts)
+    print(f"{sum(facts['count'].values())} images, {len(names)} skipped")
 
 
 # ---------------------------------------------------------------- main
