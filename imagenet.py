@@ -343,7 +343,8 @@ def load_backbone(args):
     from torchvision import models, transforms
 
     name = args.backbone.removeprefix("torchvision:")
-    trouble = f"cannot load {args.backbone} with --weights {args.weights} and --hub-dir {args.hub_dir}, which take what is on disk"
+    origin = args.weights or args.hub_dir or "the network"
+    trouble = f"cannot load {args.backbone} from {origin}; --weights FILE and --hub-dir DIR take what is on disk"
     with common.or_fail(trouble), contextlib.redirect_stderr(sys.stdout):  # downloads announce themselves; stderr is for what is wrong
         if name == args.backbone:
             hub, where = (args.hub_dir, "local") if args.hub_dir else ("facebookresearch/dinov2", "github")
@@ -480,7 +481,8 @@ def extract_split(split, images, model, size, folder, args):
     kept = np.concatenate([read_shard(path, size)["image"] for path in shards])
     if not len(kept):
         common.fail(f"no image of {split} can be decoded")
-    return [os.path.relpath(images.samples[i][0], args.source) for i in np.setdiff1d(indices, kept)]  # CIFAR's are no files, and whole
+    name = lambda i: os.path.relpath(images.samples[i][0], args.source) if args.extract == "imagenet" else f"{split} {i}"
+    return [name(i) for i in np.setdiff1d(indices, kept)]
 
 
 def extract(argv):
