@@ -128,10 +128,7 @@ def simulate(graph, mechanism, shift, n, features=100):
     """
     (B, d, _), device = graph.shape, graph.device
     draw = dict(dtype=torch.float64, device=device)
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(B, *shape, **draw)
-
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(B, *shape, **draw)
     noise = torch.randn(B, n, d, **draw) if shift == "in" else torch.distributions.Laplace(torch.zeros((), **draw), 1.0).sample((B, n, d))
     x = uniform(-3, 3, 1, d) + uniform(0.2, 2, 1, d) * noise
     if mechanism == "lin":
@@ -141,13 +138,13 @@ def simulate(graph, mechanism, shift, n, features=100):
             x[..., j] += (x[..., :j] @ weight[:, :j, j, None])[..., 0]
         return x
     length, scale = uniform(*LENGTH[shift], d, 1), uniform(*SCALE[shift], d, 1)
-    phase = uniform(0, 2 * math.pi, d, features)
-    alpha = scale * (2 / features) ** 0.5 * torch.randn(B, d, features, **draw)
-    angle = torch.empty(B, n, features, device=device)  # bounded, so that float32 will do: cosines are most of the work
+    phase = uniform(0, 2 * math.pi, d, features).float()  # cosines are most of the work, and bounded: float32 will do
+    alpha = (scale * (2 / features) ** 0.5 * torch.randn(B, d, features, **draw)).float()
+    angle = torch.empty(B, n, features, device=device)  # one buffer for all nodes: new ones would take half as long again
     for j in range(1, d):  # what a root gets is a constant, which standardising removes
         w = graph[:, :j, j, None] / length[:, j, None] * torch.randn(B, j, features, **draw)
-        torch.baddbmm(phase[:, j, None].float(), x[..., :j].float(), w.float(), out=angle)
-        x[..., j] += (alpha[:, j, None].float() @ angle.cos_().mT)[:, 0]
+        torch.baddbmm(phase[:, j, None], x[..., :j].float(), w.float(), out=angle)
+        x[..., j] += (alpha[:, j, None] @ angle.cos_().mT)[:, 0]
     return x
 
 
@@ -206,17 +203,17 @@ def sample_tasks(B, K, args):
 
 
 def precision(x, alive, ridge=1e-4):
-    """The inverse covariance of standardised rows x (B, n, d), in float64; 1 on the diagonal of removed nodes -> (B, d, d)."""
-    x = (x - x.mean(1, keepdim=True)) * alive[:, None]
-    covariance = (x.double().mT @ x.double()) / x.shape[1]
+    """The inverse covariance (B, d, d), in float64, of centred rows x (B, n, d) with 0 for removed nodes, which get a 1 on the diagonal."""
+    covariance = x.double().mT @ x.double() / x.shape[1]
     return torch.linalg.inv_ex(covariance + torch.diag_embed(torch.where(alive, ridge, 1.0).double()))[0]  # unchecked: a GPU need not wait
 
 
 def linear_residual(x, alive):
     """What linear regression on the other nodes leaves of each value, at unit size, and its log size: two (B, n, d)."""
+    x = (x - x.mean(1, keepdim=True)) * alive[:, None]
     inverse = precision(x, alive)
     size = inverse.diagonal(dim1=1, dim2=2)[:, None].rsqrt()
-    return ((x - x.mean(1, keepdim=True)).double() @ (inverse * alive[:, :, None]) * size).float(), size.log().float().expand_as(x)
+    return (x.double() @ inverse * size).float(), size.log().float().expand_as(x)
 
 
 def kernel_residual(x, alive, ridge=0.1):
@@ -365,7 +362,8 @@ def violated(graph, order):
 
 def unexplained(x):
     """1 - R^2 of linear regression on the other columns: x (B, n, m) -> (B, m)."""
-    left = 1 / precision(x, torch.ones_like(x[:, 0], dtype=torch.bool), ridge=1e-9).diagonal(dim1=1, dim2=2)
+    alive = torch.ones_like(x[:, 0], dtype=torch.bool)
+    left = 1 / precision(x - x.mean(1, keepdim=True), alive, ridge=1e-9).diagonal(dim1=1, dim2=2)
     return left / x.double().var(1, correction=0).clamp(min=1e-12)
 
 
@@ -379,13 +377,8 @@ def kernel_unexplained(x):
 
 def contenders(model, raw, batches, luck):
     """What is compared, on the same graphs and rows: name -> score(k, nodes (B, m)) -> (B, m), the largest of which is removed."""
-
-    def seen(k, nodes):  # (k, B, N, m)
-        return columns(batches[:k], nodes)
-
-    def pooled(k, nodes):  # (B, k N, m)
-        return seen(k, nodes).transpose(0, 1).flatten(1, 2)
-
+    seen = lambda k, nodes: columns(batches[:k], nodes)  # (k, B, N, m)
+    pooled = lambda k, nodes: seen(k, nodes).transpose(0, 1).flatten(1, 2)  # (B, k N, m)
     return {
         OURS: lambda k, nodes: infer(model, seen(k, nodes)),
         "vote, no state": lambda k, nodes: sum(infer(model, batch[None]).softmax(-1) for batch in seen(k, nodes)) / k,
