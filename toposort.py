@@ -22,7 +22,7 @@ import torch.nn as nn
 
 MECHANISMS = ("lin", "rff")
 TRAINED_ON = {"both": MECHANISMS, "lin": ("lin",), "rff": ("rff",)}
-# sibling: width, depth, heads, 20 and 50 nodes (FiP, Cond-FiP). choice: the rest.
+# Width, depth, heads, 20 and 50 nodes are those of FiP and Cond-FiP, the rest is our choice.
 PRESETS = {"paper": dict(nodes=20, eval_nodes=50, context=100, steps=5, tasks=32, width=256, depth=4, heads=8, iters=50_000, lr=3e-4)}
 
 
@@ -47,10 +47,10 @@ def get_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------- the data: graphs
+# ---------------------------------------------------------------- the data
 #
-# Every family returns B graphs on d nodes as booleans (B, d, d), True at [i, j] for i -> j, with parents before children:
-# upper triangles. `sample_data` shuffles the nodes afterwards.
+# Every family of graphs returns B of them on d nodes as booleans (B, d, d), True at [i, j] for i -> j, with parents before
+# children: upper triangles. `sample_data` shuffles the nodes afterwards.
 
 
 def erdos_renyi(B, d, device):
@@ -104,7 +104,7 @@ def watts_strogatz(B, d, device, rewire=0.3):
 
 
 def stochastic_blocks(B, d, device, edges=2, damp=0.1):
-    """5 or 10 groups of random sizes (some empty); pairs across groups are joined ten times more rarely; 2 edges a node."""
+    """5 or 10 groups of random sizes (one may be empty); pairs across groups are joined ten times more rarely; 2 edges a node."""
     groups = (5 * torch.randint(1, 3, (B, 1), device=device)).clamp(max=d)
     cut = torch.rand(B, d, device=device).argsort(1).argsort(1) < groups - 1  # a new group begins here
     group = cut.cumsum(1).gather(1, torch.rand(B, d, device=device).argsort(1))
@@ -113,11 +113,10 @@ def stochastic_blocks(B, d, device, edges=2, damp=0.1):
     return (torch.rand(B, d, d, device=device) < inside.clamp(max=0.99) * weight).triu(1)
 
 
-# ---------------------------------------------------------------- the data: mechanisms and tasks
-
-# sibling: families and ranges are those of the simulators of AVICI and causica, which other work on the same task uses too.
+# In and out of distribution. Families and ranges are those of the simulators of AVICI and causica, which related work uses, too.
 FAMILIES = {"in": (erdos_renyi, scale_free_in, scale_free_out), "out": (watts_strogatz, stochastic_blocks)}
-WEIGHT, LENGTH, SCALE = ({"in": (1, 3), "out": (0.5, 4)}, {"in": (7, 10), "out": (5, 12)}, {"in": (10, 20), "out": (8, 22)})
+WEIGHT = {"in": (1, 3), "out": (0.5, 4)}  # of an edge of a linear model; its sign is random
+LENGTH, SCALE = {"in": (7, 10), "out": (5, 12)}, {"in": (10, 20), "out": (8, 22)}  # of random Fourier features
 
 
 def simulate(graph, mechanism, shift, n, features=100):
@@ -174,6 +173,9 @@ def standardise(x):
     return (x / x.std(1, keepdim=True).clamp(min=1e-12)).float()
 
 
+# ---------------------------------------------------------------- the task
+
+
 def leaves(graph):
     """Nodes without a child: (B, d, d) -> (B, d)."""
     return ~graph.any(2)
@@ -197,6 +199,20 @@ def sample_tasks(B, K, args):
     alive = remove_leaves(graph, torch.randint(args.nodes - 1, (B,), device=args.device))
     rows = standardise(raw).unflatten(1, (K, -1)).transpose(0, 1)
     return Task(rows, rows[..., :0], alive, alive & leaves(graph & alive[:, None]))
+
+
+def loss(logits, leaf, alive):
+    """-log P(the removed node is a leaf) if a node is drawn by the softmax of the logits (..., B, d) of those alive -> (..., B).
+
+    Our choice: one node is removed at a time, and any leaf will do. A yes or no for each node (FiP's loss) learned far less in short trials.
+    """
+    logits = logits.masked_fill(~alive, -math.inf)
+    return logits.logsumexp(-1) - logits.masked_fill(~leaf, -math.inf).logsumexp(-1)
+
+
+def error(logits, leaf, alive):
+    """1 where the likeliest leaf is none: (B, d) -> (B,)."""
+    return 1 - leaf.gather(1, logits.masked_fill(~alive, -math.inf).argmax(1, keepdim=True))[:, 0].float()
 
 
 # ---------------------------------------------------------------- the model
@@ -233,7 +249,7 @@ def kernel_residual(x, alive, ridge=0.1):
 class LeafPredictor(nn.Module):
     """The implicit regime (eq. 8) on a table: the state is one leaf logit a node, refined by attention over rows and nodes.
 
-    choice: beside its value and the state, a cell holds what two regressions on the other nodes leave of the value. From
+    Our choice: beside its value and the state, a cell holds what two regressions on the other nodes leave of the value. From
     values alone (FiP) a model stayed near chance in trials of 90 seconds; with these it was far below in the same time.
 
     Tokens are the cells of a column, which attend to each other; their mean and maximum make the node's token, and nodes
@@ -275,20 +291,6 @@ class LeafPredictor(nn.Module):
         return (past[-1] + logits if self.adds else logits)[None]
 
 
-def loss(logits, leaf, alive):
-    """-log P(the removed node is a leaf) if a node is drawn by the softmax of the logits (..., B, d) of those alive -> (..., B).
-
-    choice: one node is removed at a time, and any leaf will do. A yes or no for each node (FiP's loss) learned far less in short trials.
-    """
-    logits = logits.masked_fill(~alive, -math.inf)
-    return logits.logsumexp(-1) - logits.masked_fill(~leaf, -math.inf).logsumexp(-1)
-
-
-def error(logits, leaf, alive):
-    """1 where the likeliest leaf is none: (B, d) -> (B,)."""
-    return 1 - leaf.gather(1, logits.masked_fill(~alive, -math.inf).argmax(1, keepdim=True))[:, 0].float()
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -328,10 +330,8 @@ DEAR = ("vote, no state", "one step on all rows", "largest kernel R2", "smallest
 def infer(model, batches):
     """Leaf logits (B, m) after the mini-batches (k, B, N, m)."""
     alive = torch.ones(batches.shape[1], batches.shape[3], dtype=torch.bool, device=batches.device)
-    logits = model.initial_state(alive)
-    for prediction in refine(model, Task(batches, batches[..., :0], alive, None)):
-        logits = prediction[0]
-    return logits
+    predictions = [model.initial_state(alive)[None], *refine(model, Task(batches, batches[..., :0], alive, None))]
+    return predictions[-1][0]
 
 
 def roll_out(score, graph, luck=None):
@@ -437,18 +437,17 @@ def evaluate(model, args):
 
 
 def draw_order(ax, m, order, title):
-    """A graph on a line in a given order: edges that point backwards are red and below the line."""
-    name = {node: i for i, node in enumerate(m["true_order"], 1)}  # their place in a true order
-    place = {node: i for i, node in enumerate(order)}
+    """A graph on a line in a given order: edges that point backwards are red and below the line. Nodes are named by a true order."""
     wrong, d = 0, len(order)
     for a, b in m["edges"]:
-        backwards = place[a] > place[b]
-        color = common.COLORS[1] if backwards else "0.45"
+        start, end = order.index(a), order.index(b)
+        color = common.COLORS[1] if start > end else "0.45"
         style = dict(arrowstyle="-|>", connectionstyle="arc3,rad=-0.45", color=color, shrinkA=8, shrinkB=8)
-        ax.annotate("", (place[b], 0), (place[a], 0), arrowprops=style)
-        wrong += backwards
-    for node in order:
-        ax.text(place[node], 0, name[node], ha="center", va="center", fontsize=8, bbox=dict(boxstyle="circle,pad=0.25", fc="white", ec="0.3"))
+        ax.annotate("", (end, 0), (start, 0), arrowprops=style)
+        wrong += start > end
+    for i, node in enumerate(order):
+        name = m["true_order"].index(node) + 1
+        ax.text(i, 0, name, ha="center", va="center", fontsize=8, bbox=dict(boxstyle="circle,pad=0.25", fc="white", ec="0.3"))
     ax.set(xlim=(-0.7, d - 0.3), ylim=(-0.3 * d, 0.3 * d))
     ax.set_title(f"{title}: {wrong} of {len(m['edges'])} edges wrong", fontsize=10)
     ax.axis("off")
