@@ -409,14 +409,16 @@ def compare(model, args, mechanism, shift, nodes):
         raw, graph, luck = (part[: args.eval_tasks - first] for part in drawn)
         batches = standardise(raw).unflatten(1, (2 * K, -1)).transpose(0, 1)  # (2K, B, N, d)
         for name, score in contenders(model, raw, batches, luck).items():
-            choosers = [partial(score, k) for k in steps.get(name, every)]
-            forced = [roll_out(choose, graph, luck)[0] for choose in choosers]
-            free, orders = zip(*(roll_out(choose, graph) for choose in choosers))
-            backward = [violated(graph, order) for order in orders]
-            rows[name].append(torch.stack([torch.stack(measure, -1) for measure in (forced, free, backward)]))  # (3, B, steps)
+            found, orders = [], []
+            for k in steps.get(name, every):
+                forced, _ = roll_out(partial(score, k), graph, luck)
+                free, order = roll_out(partial(score, k), graph)
+                found.append(torch.stack([forced, free, violated(graph, order)]))  # (3, B)
+                orders.append(order[0].tolist())
+            rows[name].append(torch.stack(found, -1))  # (3, B, steps)
             if name == OURS and first == 0:  # the first graph is drawn
                 _, true = roll_out(lambda left: leaves(take(graph, left)).float(), graph)
-                picture = dict(edges=graph[0].nonzero().tolist(), true_order=true[0].tolist(), orders=[order[0].tolist() for order in orders])
+                picture = dict(edges=graph[0].nonzero().tolist(), true_order=true[0].tolist(), orders=orders)
     for name, chunks in rows.items():
         forced, *others = (common.summary([values], steps.get(name, every)) for values in torch.cat(chunks, 1))  # of (tasks, steps)
         results[name] = forced | {key: {"mean": row["mean"], "stderr": row["stderr"]} for key, row in zip(("free", "violated"), others)}
