@@ -361,7 +361,7 @@ def violated(graph, order):
 
 
 def unexplained(x):
-    """1 - R^2 of linear regression on the other columns: x (B, n, m) -> (B, m)."""
+    """1 - R^2 of linear regression on the other columns: x (B, n, m) -> (B, m). Two columns tie, up to rounding."""
     alive = torch.ones_like(x[:, 0], dtype=torch.bool)
     left = 1 / precision(x - x.mean(1, keepdim=True), alive, ridge=1e-9).diagonal(dim1=1, dim2=2)
     return left / x.double().var(1, correction=0).clamp(min=1e-12)
@@ -439,7 +439,7 @@ def evaluate(model, args):
 
 
 def draw_order(ax, m, order, title):
-    """A graph on a line in a given order: edges that point backwards are red and below the line. Nodes are named by a true order."""
+    """A graph on a line in a given order: edges that point backwards are red and below the line. Nodes are numbered in a true order."""
     wrong, d = 0, len(order)
     for a, b in m["edges"]:
         start, end = order.index(a), order.index(b)
