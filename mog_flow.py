@@ -14,7 +14,6 @@ import collections
 import itertools
 import math
 import os
-import zipfile
 from functools import partial
 
 import common  # before torch: it answers --help by itself
@@ -25,9 +24,9 @@ import torch
 import torch.nn as nn
 from scipy.optimize import linear_sum_assignment
 
-# paper: up to 100 clusters. sibling: width, depth, heads, tasks. choice: the rest.
+# Up to 100 clusters are the paper's; width, depth, heads and tasks are those of related work; the rest is our choice.
 PRESETS = {"paper": dict(max_clusters=100, context=200, queries=256, tasks=128, width=256, depth=4, heads=4, iters=50_000, lr=3e-4, points=512)}
-SPREAD, STD = 5.0, 0.3  # paper: of the means, and of a cluster
+SPREAD, STD = 5.0, 0.3  # the paper's standard deviations: of the means, and of a cluster
 UNIT = SPREAD  # models see points divided by this, so that data and the noise that flows start from are alike in size
 
 # What a task's points are drawn from: equal Gaussians around the first `count` (B,) of `centres` (B, C, d), of one `std`.
@@ -71,7 +70,7 @@ def draw(density, n):
     """n points of each density (B, n, d)."""
     centres, count, std = density
     index = (torch.rand(len(count), n, device=count.device) * count[:, None]).long()
-    points = centres.gather(1, index[..., None].expand(-1, -1, centres.shape[-1]))
+    points = centres.take_along_dim(index[..., None], 1)
     return points + std * torch.randn_like(points)
 
 
@@ -155,9 +154,8 @@ def generate(model, batches, x, args):
 
 def make_model(args, dim=None):
     common.seed_all(common.WEIGHTS, args.seed)
-    dim = dim or args.dim
-    model = common.REGIMES[args.regime](args, 2 * dim + 9, dim, loss)
-    return common.place(model, args)
+    dim = dim or args.dim  # letters have no flag for it
+    return common.place(common.Implicit(args, 2 * dim + 9, dim), args)
 
 
 def train(model, args, sample=sample_densities):
@@ -326,15 +324,14 @@ def plot_gif(path, batches, generated, truth, K, title):
 
 def plot_excess(path, results):
     """W2 and W1 beyond the floor against the step: how far each row is from being as good as fresh points."""
-    colors = common.COLORS
     panels = list(itertools.product(results["metrics"], (("excess", "W2"), ("w1_excess", "W1"))))
     fig = common.Figure((4.4 * len(panels), 3.7))
     axes = fig.subplots(1, len(panels))
     for ax, (split, (key, distance)) in zip(axes, panels):
         m, beside = results["metrics"][split], results["baselines"][split]
-        ax.errorbar(m["steps"], m[key]["mean"], m[key]["stderr"], fmt="o-", color=colors[0], lw=2, capsize=3, label=OURS, zorder=3)
+        ax.errorbar(m["steps"], m[key]["mean"], m[key]["stderr"], fmt="o-", color=common.COLORS[0], lw=2, capsize=3, label=OURS, zorder=3)
         for i, (name, b) in enumerate(beside.items(), 1):
-            ax.plot(b["steps"], b[key]["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=colors[i], label=name)
+            ax.plot(b["steps"], b[key]["mean"], ls=("--", ":", "-.")[i % 3], marker=".", color=common.COLORS[i], label=name)
         ax.axvline(results["args"]["steps"], color="0.7", lw=1, zorder=0)
         top = max(beside["one Gaussian"][key]["mean"] + m[key]["mean"][1:])  # step 0 has seen nothing and would dwarf the rest
         ax.set_title(f"{split}: {m['data']}", fontsize=9)
@@ -350,11 +347,9 @@ def plot(out, script="mog_flow"):
     common.plot_steps(out, results)
     plot_excess(os.path.join(out, "excess.png"), results)
     for split, m in results["metrics"].items():
-        try:
-            with np.load(os.path.join(out, f"points_{split}.npz")) as file:
-                points = [file[name][..., :2] for name in ("batches", "generated", "truth")]  # of all dimensions, two are drawn
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.zlib.error):
-            common.fail(f"{out}/points_{split}.npz is missing or damaged")
+        path = os.path.join(out, f"points_{split}.npz")
+        with common.or_fail(f"{path} is missing or damaged"), np.load(path) as file:
+            points = [file[name][..., :2] for name in ("batches", "generated", "truth")]  # of all dimensions, two are drawn
         plot_grid(os.path.join(out, f"grid_{split}.png"), *points, results["args"]["steps"], m["data"])
         plot_gif(os.path.join(out, f"refinement_{split}.gif"), *points, results["args"]["steps"], m["data"])
     print(f"plots: {out}/error.png, excess.png, grid_*.png, refinement_*.gif")

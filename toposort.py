@@ -22,7 +22,7 @@ import torch.nn as nn
 
 MECHANISMS = ("lin", "rff")
 TRAINED_ON = {"both": MECHANISMS, "lin": ("lin",), "rff": ("rff",)}
-# sibling: width, depth, heads, 20 and 50 nodes (FiP, Cond-FiP). choice: the rest.
+# Width, depth, heads, 20 and 50 nodes are those of FiP and Cond-FiP, the rest is our choice.
 PRESETS = {"paper": dict(nodes=20, eval_nodes=50, context=100, steps=5, tasks=32, width=256, depth=4, heads=8, iters=50_000, lr=3e-4)}
 
 
@@ -47,10 +47,10 @@ def get_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------- the data: graphs
+# ---------------------------------------------------------------- the data
 #
-# Every family returns B graphs on d nodes as booleans (B, d, d), True at [i, j] for i -> j, with parents before children:
-# upper triangles. `sample_data` shuffles the nodes afterwards.
+# Every family of graphs returns B of them on d nodes as booleans (B, d, d), True at [i, j] for i -> j, with parents before
+# children: upper triangles. `sample_data` shuffles the nodes afterwards.
 
 
 def erdos_renyi(B, d, device):
@@ -104,7 +104,7 @@ def watts_strogatz(B, d, device, rewire=0.3):
 
 
 def stochastic_blocks(B, d, device, edges=2, damp=0.1):
-    """5 or 10 groups of random sizes (some empty); pairs across groups are joined ten times more rarely; 2 edges a node."""
+    """5 or 10 groups of random sizes (one may be empty); pairs across groups are joined ten times more rarely; 2 edges a node."""
     groups = (5 * torch.randint(1, 3, (B, 1), device=device)).clamp(max=d)
     cut = torch.rand(B, d, device=device).argsort(1).argsort(1) < groups - 1  # a new group begins here
     group = cut.cumsum(1).gather(1, torch.rand(B, d, device=device).argsort(1))
@@ -113,11 +113,10 @@ def stochastic_blocks(B, d, device, edges=2, damp=0.1):
     return (torch.rand(B, d, d, device=device) < inside.clamp(max=0.99) * weight).triu(1)
 
 
-# ---------------------------------------------------------------- the data: mechanisms and tasks
-
-# sibling: families and ranges are those of the simulators of AVICI and causica, which other work on the same task uses too.
+# In and out of distribution. Families and ranges are those of the simulators of AVICI and causica, which related work uses, too.
 FAMILIES = {"in": (erdos_renyi, scale_free_in, scale_free_out), "out": (watts_strogatz, stochastic_blocks)}
-WEIGHT, LENGTH, SCALE = ({"in": (1, 3), "out": (0.5, 4)}, {"in": (7, 10), "out": (5, 12)}, {"in": (10, 20), "out": (8, 22)})
+WEIGHT = {"in": (1, 3), "out": (0.5, 4)}  # of an edge of a linear model; its sign is random
+LENGTH, SCALE = {"in": (7, 10), "out": (5, 12)}, {"in": (10, 20), "out": (8, 22)}  # of random Fourier features
 
 
 def simulate(graph, mechanism, shift, n, features=100):
@@ -128,10 +127,7 @@ def simulate(graph, mechanism, shift, n, features=100):
     """
     (B, d, _), device = graph.shape, graph.device
     draw = dict(dtype=torch.float64, device=device)
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(B, *shape, **draw)
-
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(B, *shape, **draw)
     noise = torch.randn(B, n, d, **draw) if shift == "in" else torch.distributions.Laplace(torch.zeros((), **draw), 1.0).sample((B, n, d))
     x = uniform(-3, 3, 1, d) + uniform(0.2, 2, 1, d) * noise
     if mechanism == "lin":
@@ -141,13 +137,13 @@ def simulate(graph, mechanism, shift, n, features=100):
             x[..., j] += (x[..., :j] @ weight[:, :j, j, None])[..., 0]
         return x
     length, scale = uniform(*LENGTH[shift], d, 1), uniform(*SCALE[shift], d, 1)
-    phase = uniform(0, 2 * math.pi, d, features)
-    alpha = scale * (2 / features) ** 0.5 * torch.randn(B, d, features, **draw)
-    angle = torch.empty(B, n, features, device=device)  # bounded, so that float32 will do: cosines are most of the work
+    phase = uniform(0, 2 * math.pi, d, features).float()  # cosines are most of the work, and bounded: float32 will do
+    alpha = (scale * (2 / features) ** 0.5 * torch.randn(B, d, features, **draw)).float()
+    angle = torch.empty(B, n, features, device=device)  # one buffer for all nodes: new ones would take half as long again
     for j in range(1, d):  # what a root gets is a constant, which standardising removes
         w = graph[:, :j, j, None] / length[:, j, None] * torch.randn(B, j, features, **draw)
-        torch.baddbmm(phase[:, j, None].float(), x[..., :j].float(), w.float(), out=angle)
-        x[..., j] += (alpha[:, j, None].float() @ angle.cos_().mT)[:, 0]
+        torch.baddbmm(phase[:, j, None], x[..., :j].float(), w.float(), out=angle)
+        x[..., j] += (alpha[:, j, None] @ angle.cos_().mT)[:, 0]
     return x
 
 
@@ -177,6 +173,9 @@ def standardise(x):
     return (x / x.std(1, keepdim=True).clamp(min=1e-12)).float()
 
 
+# ---------------------------------------------------------------- the task
+
+
 def leaves(graph):
     """Nodes without a child: (B, d, d) -> (B, d)."""
     return ~graph.any(2)
@@ -202,21 +201,35 @@ def sample_tasks(B, K, args):
     return Task(rows, rows[..., :0], alive, alive & leaves(graph & alive[:, None]))
 
 
+def loss(logits, leaf, alive):
+    """-log P(the removed node is a leaf) if a node is drawn by the softmax of the logits (..., B, d) of those alive -> (..., B).
+
+    Our choice: one node is removed at a time, and any leaf will do. A yes or no for each node (FiP's loss) learned far less in short trials.
+    """
+    logits = logits.masked_fill(~alive, -math.inf)
+    return logits.logsumexp(-1) - logits.masked_fill(~leaf, -math.inf).logsumexp(-1)
+
+
+def error(logits, leaf, alive):
+    """1 where the likeliest leaf is none: (B, d) -> (B,)."""
+    return 1 - leaf.gather(1, logits.masked_fill(~alive, -math.inf).argmax(1, keepdim=True))[:, 0].float()
+
+
 # ---------------------------------------------------------------- the model
 
 
 def precision(x, alive, ridge=1e-4):
-    """The inverse covariance of standardised rows x (B, n, d), in float64; 1 on the diagonal of removed nodes -> (B, d, d)."""
-    x = (x - x.mean(1, keepdim=True)) * alive[:, None]
-    covariance = (x.double().mT @ x.double()) / x.shape[1]
+    """The inverse covariance (B, d, d), in float64, of centred rows x (B, n, d) with 0 for removed nodes, which get a 1 on the diagonal."""
+    covariance = x.double().mT @ x.double() / x.shape[1]
     return torch.linalg.inv_ex(covariance + torch.diag_embed(torch.where(alive, ridge, 1.0).double()))[0]  # unchecked: a GPU need not wait
 
 
 def linear_residual(x, alive):
     """What linear regression on the other nodes leaves of each value, at unit size, and its log size: two (B, n, d)."""
+    x = (x - x.mean(1, keepdim=True)) * alive[:, None]
     inverse = precision(x, alive)
     size = inverse.diagonal(dim1=1, dim2=2)[:, None].rsqrt()
-    return ((x - x.mean(1, keepdim=True)).double() @ (inverse * alive[:, :, None]) * size).float(), size.log().float().expand_as(x)
+    return (x.double() @ inverse * size).float(), size.log().float().expand_as(x)
 
 
 def kernel_residual(x, alive, ridge=0.1):
@@ -236,7 +249,7 @@ def kernel_residual(x, alive, ridge=0.1):
 class LeafPredictor(nn.Module):
     """The implicit regime (eq. 8) on a table: the state is one leaf logit a node, refined by attention over rows and nodes.
 
-    choice: beside its value and the state, a cell holds what two regressions on the other nodes leave of the value. From
+    Our choice: beside its value and the state, a cell holds what two regressions on the other nodes leave of the value. From
     values alone (FiP) a model stayed near chance in trials of 90 seconds; with these it was far below in the same time.
 
     Tokens are the cells of a column, which attend to each other; their mean and maximum make the node's token, and nodes
@@ -278,20 +291,6 @@ class LeafPredictor(nn.Module):
         return (past[-1] + logits if self.adds else logits)[None]
 
 
-def loss(logits, leaf, alive):
-    """-log P(the removed node is a leaf) if a node is drawn by the softmax of the logits (..., B, d) of those alive -> (..., B).
-
-    choice: one node is removed at a time, and any leaf will do. A yes or no for each node (FiP's loss) learned far less in short trials.
-    """
-    logits = logits.masked_fill(~alive, -math.inf)
-    return logits.logsumexp(-1) - logits.masked_fill(~leaf, -math.inf).logsumexp(-1)
-
-
-def error(logits, leaf, alive):
-    """1 where the likeliest leaf is none: (B, d) -> (B,)."""
-    return 1 - leaf.gather(1, logits.masked_fill(~alive, -math.inf).argmax(1, keepdim=True))[:, 0].float()
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -331,10 +330,8 @@ DEAR = ("vote, no state", "one step on all rows", "largest kernel R2", "smallest
 def infer(model, batches):
     """Leaf logits (B, m) after the mini-batches (k, B, N, m)."""
     alive = torch.ones(batches.shape[1], batches.shape[3], dtype=torch.bool, device=batches.device)
-    logits = model.initial_state(alive)
-    for prediction in refine(model, Task(batches, batches[..., :0], alive, None)):
-        logits = prediction[0]
-    return logits
+    predictions = [model.initial_state(alive)[None], *refine(model, Task(batches, batches[..., :0], alive, None))]
+    return predictions[-1][0]
 
 
 def roll_out(score, graph, luck=None):
@@ -364,8 +361,9 @@ def violated(graph, order):
 
 
 def unexplained(x):
-    """1 - R^2 of linear regression on the other columns: x (B, n, m) -> (B, m)."""
-    left = 1 / precision(x, torch.ones_like(x[:, 0], dtype=torch.bool), ridge=1e-9).diagonal(dim1=1, dim2=2)
+    """1 - R^2 of linear regression on the other columns: x (B, n, m) -> (B, m). Two columns tie, up to rounding."""
+    alive = torch.ones_like(x[:, 0], dtype=torch.bool)
+    left = 1 / precision(x - x.mean(1, keepdim=True), alive, ridge=1e-9).diagonal(dim1=1, dim2=2)
     return left / x.double().var(1, correction=0).clamp(min=1e-12)
 
 
@@ -379,13 +377,8 @@ def kernel_unexplained(x):
 
 def contenders(model, raw, batches, luck):
     """What is compared, on the same graphs and rows: name -> score(k, nodes (B, m)) -> (B, m), the largest of which is removed."""
-
-    def seen(k, nodes):  # (k, B, N, m)
-        return columns(batches[:k], nodes)
-
-    def pooled(k, nodes):  # (B, k N, m)
-        return seen(k, nodes).transpose(0, 1).flatten(1, 2)
-
+    seen = lambda k, nodes: columns(batches[:k], nodes)  # (k, B, N, m)
+    pooled = lambda k, nodes: seen(k, nodes).transpose(0, 1).flatten(1, 2)  # (B, k N, m)
     return {
         OURS: lambda k, nodes: infer(model, seen(k, nodes)),
         "vote, no state": lambda k, nodes: sum(infer(model, batch[None]).softmax(-1) for batch in seen(k, nodes)) / k,
@@ -416,14 +409,16 @@ def compare(model, args, mechanism, shift, nodes):
         raw, graph, luck = (part[: args.eval_tasks - first] for part in drawn)
         batches = standardise(raw).unflatten(1, (2 * K, -1)).transpose(0, 1)  # (2K, B, N, d)
         for name, score in contenders(model, raw, batches, luck).items():
-            choosers = [partial(score, k) for k in steps.get(name, every)]
-            forced = [roll_out(choose, graph, luck)[0] for choose in choosers]
-            free, orders = zip(*(roll_out(choose, graph) for choose in choosers))
-            backward = [violated(graph, order) for order in orders]
-            rows[name].append(torch.stack([torch.stack(measure, -1) for measure in (forced, free, backward)]))  # (3, B, steps)
+            found, orders = [], []
+            for k in steps.get(name, every):
+                forced, _ = roll_out(partial(score, k), graph, luck)
+                free, order = roll_out(partial(score, k), graph)
+                found.append(torch.stack([forced, free, violated(graph, order)]))  # (3, B)
+                orders.append(order[0].tolist())
+            rows[name].append(torch.stack(found, -1))  # (3, B, steps)
             if name == OURS and first == 0:  # the first graph is drawn
                 _, true = roll_out(lambda left: leaves(take(graph, left)).float(), graph)
-                picture = dict(edges=graph[0].nonzero().tolist(), true_order=true[0].tolist(), orders=[order[0].tolist() for order in orders])
+                picture = dict(edges=graph[0].nonzero().tolist(), true_order=true[0].tolist(), orders=orders)
     for name, chunks in rows.items():
         forced, *others = (common.summary([values], steps.get(name, every)) for values in torch.cat(chunks, 1))  # of (tasks, steps)
         results[name] = forced | {key: {"mean": row["mean"], "stderr": row["stderr"]} for key, row in zip(("free", "violated"), others)}
@@ -444,18 +439,17 @@ def evaluate(model, args):
 
 
 def draw_order(ax, m, order, title):
-    """A graph on a line in a given order: edges that point backwards are red and below the line."""
-    name = {node: i for i, node in enumerate(m["true_order"], 1)}  # their place in a true order
-    place = {node: i for i, node in enumerate(order)}
+    """A graph on a line in a given order: edges that point backwards are red and below the line. Nodes are numbered in a true order."""
     wrong, d = 0, len(order)
     for a, b in m["edges"]:
-        backwards = place[a] > place[b]
-        color = common.COLORS[1] if backwards else "0.45"
+        start, end = order.index(a), order.index(b)
+        color = common.COLORS[1] if start > end else "0.45"
         style = dict(arrowstyle="-|>", connectionstyle="arc3,rad=-0.45", color=color, shrinkA=8, shrinkB=8)
-        ax.annotate("", (place[b], 0), (place[a], 0), arrowprops=style)
-        wrong += backwards
-    for node in order:
-        ax.text(place[node], 0, name[node], ha="center", va="center", fontsize=8, bbox=dict(boxstyle="circle,pad=0.25", fc="white", ec="0.3"))
+        ax.annotate("", (end, 0), (start, 0), arrowprops=style)
+        wrong += start > end
+    for i, node in enumerate(order):
+        name = m["true_order"].index(node) + 1
+        ax.text(i, 0, name, ha="center", va="center", fontsize=8, bbox=dict(boxstyle="circle,pad=0.25", fc="white", ec="0.3"))
     ax.set(xlim=(-0.7, d - 0.3), ylim=(-0.3 * d, 0.3 * d))
     ax.set_title(f"{title}: {wrong} of {len(m['edges'])} edges wrong", fontsize=10)
     ax.axis("off")
