@@ -142,17 +142,19 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks without positions: a mini-batch is a set. Runs in `self.dtype`, takes and returns float32.
 
-    With `alike`, attention starts by similarity, which shortens the plateau of in-context learning. Not good for wide heads
-    where tokens see themselves: nothing is as similar to a token as it is.
+    With `alike`, attention starts by similarity, which shortens the plateau of in-context learning: keys are queries, either
+    both random projections ("random") or both rotations, which keep angles ("rotation"). Not good for wide heads where
+    tokens see themselves: nothing is as similar to a token as it is.
     """
 
-    def __init__(self, width, depth, heads, attention="softmax", alike=False):
+    def __init__(self, width, depth, heads, attention="softmax", alike=None):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(depth))
-        if alike:
+        for block in self.blocks if alike else ():
+            if alike == "rotation":
+                nn.init.orthogonal_(block.query.weight)
             with torch.no_grad():
-                for block in self.blocks:
-                    block.key_value.weight[:width] = block.query.weight
+                block.key_value.weight[:width] = block.query.weight
         self.norm = nn.LayerNorm(width)
         self.dtype = torch.float32
 
@@ -337,12 +339,14 @@ class Implicit(nn.Module):
         D, S = args.width, (args.width if args.state == "latent" else y_dim)
         self.initial = nn.Parameter(torch.zeros(S))
         self.observation = nn.Linear(x_dim + y_dim, D)
+        if args.init == "rotation":  # tokens start as much alike as their inputs are
+            nn.init.orthogonal_(self.observation.weight)
         # Queries share the encoder of the observations [x, y]; a latent is no y and gets its own (sec. 11.1).
         self.query = nn.Linear(x_dim + D, D) if args.state == "latent" else self.observation
         self.query_embedding = nn.Parameter(0.02 * torch.randn(D))
         self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
         self.older = nn.Linear((self.history - 1) * S, D) if self.history > 1 else None
-        self.transformer = Transformer(D, args.depth, args.heads, args.attention, alike=True)
+        self.transformer = Transformer(D, args.depth, args.heads, args.attention, alike=args.init)
         self.decoder = nn.Linear(D, y_dim)
 
     def initial_state(self, query_x):
@@ -525,6 +529,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--update", choices=("residual", "direct"), default="residual", help="the model's output is a change of the state, or the next state (for --decoder linear)")
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
     add("--state-scale", type=number(float, 0), default=1.0, help="what an implicit query is shown of its state is times this; 0 hides it")
+    add("--init", choices=("random", "rotation"), default="random", help="what an implicit model's encoder of observations, keys and queries start as; a rotation keeps angles")
     add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
     add("--basis", choices=("linear", "fourier"), default="linear", help="what the explicit regime's trained basis functions of x start as")
     add("--hidden", type=count, default=64, help="how many of them (frequencies, of a cosine and a sine each); the latent has a weight for each and each number in y")
@@ -616,7 +621,7 @@ def parse_args(parser, presets, argv=None):
 
 def check(args, given):
     """Refuses what contradicts itself, with the reason."""
-    only = dict(state=["implicit"], state_scale=["implicit"], basis=["explicit"], hidden=["explicit"], decoder=["parametric", "explicit"])
+    only = dict(state=["implicit"], state_scale=["implicit"], init=["implicit"], basis=["explicit"], hidden=["explicit"], decoder=["parametric", "explicit"])
     for flag, regimes in only.items():
         if flag in given and args.regime not in regimes:
             fail(f"{spell(flag, given[flag])} is for --regime {' and '.join(regimes)}")

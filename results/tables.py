@@ -72,12 +72,14 @@ def minutes(results):
 
 
 def command(results):
-    """As it would be given today. Older implicit models of images saw their whole state, regression had no clock, others moved in the span."""
+    """As it would be given today. Older implicit models of images saw their whole state and began with random keys, regression had no clock, others moved in the span."""
     text, edited, _ = re.sub(" --(data-dir|out|repeats) [^ ]+| --overwrite", "", results["command"]).partition(", edited")
     args, script = results.get("args", {}), text.split()[1]
     implicit = args.get("regime", "implicit") == "implicit"
     if implicit and script in ("mnist.py", "imagenet.py") and "state_scale" not in args:
         text += " --state-scale 1"
+    if implicit and script in ("mnist.py", "imagenet.py") and "init" not in args:
+        text += " --init random"
     if not implicit and args["decoder"] == "span" and "--decoder" not in text:
         text += " --decoder span"
     if script == "linreg.py" and args.get("clock", "none") == "none" and "--clock" not in text:

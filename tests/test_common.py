@@ -30,7 +30,7 @@ def identity(x):
 
 def settings(**changes):
     args = argparse.Namespace(
-        history=1, mask="causal", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0,
+        history=1, mask="causal", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0, init="random",
         width=8, depth=2, heads=2, basis="linear", hidden=6,
     )  # fmt: skip
     vars(args).update(changes)
@@ -233,11 +233,22 @@ def test_our_transformer_equals_pytorchs_encoder_layers(causal):
 
 def test_keys_start_equal_to_queries_where_asked():
     torch.manual_seed(0)
-    for alike in (False, True):
+    for alike in (None, "random", "rotation"):
         for block in Transformer(8, 2, 2, alike=alike).blocks:
-            assert torch.equal(block.key_value.weight[:8], block.query.weight) == alike
+            assert torch.equal(block.key_value.weight[:8], block.query.weight) == (alike is not None)
     block = common.REGIMES["implicit"](settings(), X, Y).transformer.blocks[1]
     assert torch.equal(block.key_value.weight[:8], block.query.weight)
+
+
+def test_a_rotation_keeps_the_angles_between_inputs():
+    torch.manual_seed(0)
+    model = common.REGIMES["implicit"](settings(init="rotation", heads=1), X, Y)
+    x = torch.randn(B, N, X + Y)
+    tokens = model.observation(x) - model.observation.bias
+    close(tokens @ tokens.mT, x @ x.mT, 1e-5)
+    for block in model.transformer.blocks:
+        q, k = block.query(tokens) - block.query.bias, block.memory(tokens)[0][:, 0] - block.key_value.bias[: len(block.query.bias)]
+        close(q @ k.mT, x @ x.mT, 1e-5)
 
 
 @pytest.mark.parametrize("causal", (False, True))

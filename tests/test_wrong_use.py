@@ -73,6 +73,7 @@ FLAGS = [  # flags, what the line must name
     ("--regime implicit --signal both", "--signal"),
     ("--regime parametric --state latent", "--state"),
     ("--regime parametric --state-scale 0.5", "--state-scale"),
+    ("--regime explicit --init rotation", "--init"),
     ("--regime implicit --state-scale -1", "--state-scale"),
     ("--regime explicit --state latent", "--state"),
     ("--decoder convolution", "--decoder"),
