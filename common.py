@@ -4,8 +4,8 @@ Read in this order: `refine`, the greedy loop; `Parametric`, `Explicit`, `Implic
 The second half (flags, files, evaluation, plots) is plumbing and knows nothing of the method.
 
 Shapes: B tasks, K steps (one mini-batch each), N observations in a mini-batch (the context), Q queries, D width,
-T prefixes of a mini-batch, H past states, P numbers in a state, X and Y numbers in an input and in a target, F basis
-functions, C numbers a head. Equations, sections and figures are the paper's.
+T prefixes of a mini-batch, H past states, P numbers in a state (implicit: of a query), X and Y numbers in an input and in
+a target, F basis functions; S tokens that attend, C numbers a head. Equations, sections and figures are the paper's.
 """
 
 import argparse
@@ -282,12 +282,13 @@ class Parametric(nn.Module):
 
     def read_off(self, past, tokens):
         """The paper's decoder: states are tokens before those of the observations (B, N, D), and outputs are weights -> (T, B, P)."""
-        B, S, H = len(tokens), self.slots, self.history
-        slots = self.state(torch.stack(past, 1).view(B, H, S, -1)) + self.age  # (B, H, S, D)
-        h = self.transformer(torch.cat([slots.flatten(1, 2), tokens], 1), self.causal)  # (B, H * S + N, D)
+        B, H = len(tokens), self.history
+        states = self.state(torch.stack(past, 1).view(B, H, self.slots, -1)) + self.age  # (B, H, slots, D)
+        before = H * self.slots  # tokens before those of the observations
+        h = self.transformer(torch.cat([states.flatten(1, 2), tokens], 1), self.causal)  # (B, before + N, D)
         if self.causal:  # at observation t: the state inferred from the first t observations (fig. 5)
-            return self.decoder(h[:, H * S :] if self.training else h[:, -1:]).transpose(0, 1)
-        return self.decoder(h[:, (H - 1) * S : H * S]).reshape(1, B, -1)  # at the current state's own tokens (fig. 7)
+            return self.decoder(h[:, before:] if self.training else h[:, -1:]).transpose(0, 1)
+        return self.decoder(h[:, before - self.slots : before]).reshape(1, B, -1)  # at the current state's own tokens (fig. 7)
 
 
 class Explicit(Parametric):
@@ -300,8 +301,8 @@ class Explicit(Parametric):
 class Basis(nn.Module):
     """All layers but the last of f_gamma(x, z): x (..., X) -> (..., hidden), or twice as many. The last layer's weights are z.
 
-    A latent that is only concatenated to x cannot multiply it, which even w.x needs; this one can do all that a linear
-    predictor can. It starts as one, on rotated x ("linear"), or as a kernel machine: random Fourier features of the Gaussian
+    A network of x with a latent beside it has to approximate products, which even w.x needs; this one can do all that a
+    linear predictor can. It starts as one, on rotated x ("linear"), or as a kernel machine: random Fourier features of the Gaussian
     kernel ("fourier"; Rahimi and Recht, 2007) exp(-|x - x'|^2 / X), for x whose numbers are of order one.
     """
 
@@ -336,8 +337,8 @@ class Implicit(nn.Module):
         self.history, self.causal, self.kind = args.history, args.mask == "causal", args.state
         # Logits outgrow the one-hot labels that share their encoder: a query is shown --state-scale of them.
         self.adds, self.scale = args.update == "residual", args.state_scale
-        D, S = args.width, (args.width if args.state == "latent" else y_dim)
-        self.initial = nn.Parameter(torch.zeros(S))
+        D, P = args.width, (args.width if args.state == "latent" else y_dim)
+        self.initial = nn.Parameter(torch.zeros(P))
         self.observation = nn.Linear(x_dim + y_dim, D)
         if args.init == "rotation":  # tokens start as much alike as their inputs are
             nn.init.orthogonal_(self.observation.weight)
@@ -345,15 +346,15 @@ class Implicit(nn.Module):
         self.query = nn.Linear(x_dim + D, D) if args.state == "latent" else self.observation
         self.query_embedding = nn.Parameter(0.02 * torch.randn(D))
         self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
-        self.older = nn.Linear((self.history - 1) * S, D) if self.history > 1 else None
+        self.older = nn.Linear((self.history - 1) * P, D) if self.history > 1 else None
         self.transformer = Transformer(D, args.depth, args.heads, args.attention, alike=args.init)
         self.decoder = nn.Linear(D, y_dim)
 
     def initial_state(self, query_x):
-        return self.initial.expand(*query_x.shape[:2], -1)  # (B, Q, S)
+        return self.initial.expand(*query_x.shape[:2], -1)  # (B, Q, P)
 
     def predict(self, states, query_x):
-        """States (T, B, Q, S) -> predictions (T, B, Q, Y)."""
+        """States (T, B, Q, P) -> predictions (T, B, Q, Y)."""
         return self.decoder(states) if self.kind == "latent" else states
 
     def encode(self, x, y):
@@ -361,11 +362,11 @@ class Implicit(nn.Module):
         return self.transformer.encode(self.observation(torch.cat([x, y], -1)), self.causal)
 
     def update(self, past, x, y, query_x, step=0):
-        """r_gamma of eq. 8: the last H states (B, Q, S) and a mini-batch, after `step` others -> the next states (1, B, Q, S)."""
+        """r_gamma of eq. 8: the last H states (B, Q, P) and a mini-batch, after `step` others -> the next states (1, B, Q, P)."""
         visible, N = None, x.shape[1]
         if self.training and self.causal:  # each query sees a random prefix of its own (fig. 6)
             B, Q, _ = query_x.shape
-            size = own(draw_size(N, (RANKS * B, Q, 1), x.device))
+            size = own(draw_size(N, (RANKS * B, Q, 1), x.device))  # drawn for the tasks of all ranks, to keep this one's
             visible = (torch.arange(N, device=x.device) < size)[:, None]  # (B, 1, Q, N)
         elif self.training:  # one random size a step for the whole batch (sec. 11.4)
             n = int(draw_size(N, ()))

@@ -14,7 +14,7 @@ from common import Task, refine
 import torch
 import torch.nn as nn
 
-# Two heads of 128 numbers: one that is narrower than x cannot compare two x.
+# Two heads of 128 numbers: a head that is narrower than x cannot compare two x.
 PRESETS = {"paper": dict(dim=100, context=100, queries=100, tasks=128, width=256, depth=4, heads=2, hidden=512, iters=50_000, lr=3e-4)}
 
 
@@ -63,7 +63,7 @@ def objective(prediction, y):
     the first. The log gives all the same say. It is maximum likelihood (sec. 8) under Gaussian noise whose variance is
     fitted for each prefix and step.
     """
-    return common.average(loss(prediction, y).mean((1, 2))).log().mean()
+    return common.average(loss(prediction, y).mean((1, 2))).log().mean()  # average: over the ranks of torchrun, if any
 
 
 def make_metric(args):

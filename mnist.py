@@ -27,7 +27,7 @@ import torch.nn.functional as F
 CLASSES = 10
 OTHER = {"mnist": "fmnist", "fmnist": "mnist", "glyphs": "letters"}  # what each dataset is tested on out of distribution
 NAMES = {"mnist": "MNIST", "fmnist": "FashionMNIST", "glyphs": "glyphs (drawn digits, not MNIST)", "letters": "glyphs (drawn letters A-J)"}
-# Two heads of 128 numbers: one that is narrower than x cannot compare two images.
+# Two heads of 128 numbers: a head that is narrower than x cannot compare two images.
 PRESETS = {"paper": dict(context=100, queries=100, tasks=128, width=256, depth=4, heads=2, iters=50_000, lr=3e-4)}
 
 
@@ -163,7 +163,7 @@ def sample_tasks(images, B, K, args):
         images_of, labels = images[split]
         index = torch.randint(len(labels), (B, n), device=args.device)
         y = F.one_hot(relabel.gather(1, labels[index]), CLASSES).float()
-        return images_of[index] @ projection, y  # at once: pixels are eight times as many as what is kept of them
+        return images_of[index] @ projection, y  # projected here: pixels take eight times the memory
 
     query_x, query_y = pick("test", args.queries)
     contexts = [pick("train", args.context) for _ in range(K)]
@@ -264,7 +264,7 @@ def evaluate(model, images, dataset, args):
         for k in steps:
             x, y = common.seen(task, k)
             answer, variance = kernel_ridge(task.context_x[k - 1], task.context_y[k - 1], task.query_x)
-            product = product + answer / variance  # of the posteriors given each mini-batch alone: what a state of one answer a query can do
+            product = product + answer / variance  # of the posteriors given each mini-batch alone, up to a factor that all labels share: what a state of one answer a query can do
             w = logistic_regression(x, y, w)
             rows["kernel ridge"].append(kernel_ridge(x, y, task.query_x)[0])
             rows["kernel ridge, one a batch"].append(product)
