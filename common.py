@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.figure import Figure  # not pyplot: nothing is shown on a screen
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from tqdm import tqdm
 
 # A batch of tasks: context_x (K, B, N, X), context_y (K, B, N, Y), query_x (B, Q, X), query_y (B, Q, Y).
@@ -939,7 +939,7 @@ def log_axis(ax, which):
     ax.set(**{f"{which}scale": "log"})
     low, high = getattr(ax, f"get_{which}lim")()
     subs = range(1, 10) if high < 5 * low else (1, 2, 3, 5) if high < 50 * low else (1, 2, 5) if high < 500 * low else (1,)
-    locator = LogLocator(subs=subs)
+    locator = LogLocator(subs=subs) if high > 3 * low else MaxNLocator(6)
     getattr(ax, f"{which}axis").set(major_locator=locator, major_formatter="{x:g}", minor_formatter=NullFormatter())
 
 

@@ -439,7 +439,7 @@ def evaluate(model, args):
 
 
 def draw_order(ax, m, order, title):
-    """A graph on a line in a given order: edges that point backwards are red and below the line. Nodes are numbered in a true order."""
+    """A graph on a line in a given order: edges that point backwards are orange and below the line. Nodes are numbered in a true order."""
     wrong, d = 0, len(order)
     for a, b in m["edges"]:
         start, end = order.index(a), order.index(b)
@@ -466,7 +466,7 @@ def plot_orders(path, results):
         draw_order(row[0], m, m["true_order"], f"{m['data']}, a true order")
         for ax, k in zip(row[1:], shown):
             draw_order(ax, m, m["orders"][k], f"after {k} step{'s' * (k > 1)}")
-    fig.suptitle("the first evaluation graph of each kind; edges that the order turns round are red", fontsize=10)
+    fig.suptitle("the first evaluation graph of each kind; edges that the order turns round are orange", fontsize=10)
     fig.tight_layout()
     common.save_figure(fig, path, dpi=100)
 

@@ -8,13 +8,16 @@ A change is a few flags, or an edit of the code, as in the README's exercises, w
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -75,6 +78,7 @@ GROUPS = {
     "MNIST: decoder (parametric)": (MNIST + " --regime parametric", {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
     "MNIST: decoder (explicit)": (MNIST + " --regime explicit", {"solve": "", "span": "--decoder span"}),
     "MNIST: basis (explicit)": (MNIST + " --regime explicit", {"fourier": "", "linear": "--basis linear --hidden 100"}),
+    "MNIST: encoder, keys and queries start as (implicit)": (MNIST, {"rotations": "", "random": "--init random"}),
     "MNIST: output (implicit)": (MNIST, {"a change": "", "the next state": "--update direct"}),
     "MNIST: state that a query sees (implicit)": (MNIST, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),
     "dtype (parametric)": (LINREG, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
@@ -132,30 +136,41 @@ def summarize(base, change):
     }  # fmt: skip
 
 
+def differ(one, other):
+    """Whether two variants are more than two standard errors, and 2%, apart after the trained steps or later."""
+    for k in range(one["trained"], len(one["mean"])):
+        distance, noise = abs(one["mean"][k] - other["mean"][k]), math.hypot(one["stderr"][k], other["stderr"][k])
+        if distance > max(2 * noise, 0.02 * one["mean"][k]):
+            return True
+    return False
+
+
 def plot(rows, path):
+    """The groups whose variants differ: of the others, curves lie on each other."""
     sys.path.insert(0, str(ROOT))
     import common  # here: it brings torch, which nothing else needs
 
-    lines = -(-len(rows) // 4)
-    fig = common.Figure((15, 3.1 * lines))
-    axes = fig.subplots(lines, 4, squeeze=False)
+    rows = {group: variants for group, variants in rows.items() if any(differ(*pair) for pair in itertools.combinations(variants.values(), 2))}
+    lines = -(-len(rows) // 3)
+    fig = common.Figure((10.5, 2.9 * lines))
+    axes = fig.subplots(lines, 3, squeeze=False)
     for ax in axes.flat[len(rows) :]:
         ax.axis("off")
     for ax, (group, variants) in zip(axes.flat, rows.items()):
         for color, marker, (label, row) in zip(common.COLORS, "osD", variants.items()):
             ax.errorbar(row["steps"][1:], row["mean"][1:], row["stderr"][1:], fmt=f"{marker}-", color=color, ms=4, lw=1.5, capsize=2, label=label)
         ax.axvline(next(iter(variants.values()))["trained"], color="0.7", lw=1, zorder=0)
-        ax.set_title(group, fontsize=8.5)
-        ax.set_ylabel(row["name"], fontsize=9)
+        ax.set_title(textwrap.fill(group, 40), fontsize=10)
+        ax.set_ylabel(row["name"])
         if row["name"] != "error %":
             common.log_axis(ax, "y")
-        ax.tick_params(labelsize=8)
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=9)
         ax.grid(alpha=0.3)
     data = dict.fromkeys(row["data"] for variants in rows.values() for row in variants.values())
-    fig.suptitle(f"error against mini-batches seen (trained on those left of the grey line): {'; '.join(data)}; seeds {', '.join(map(str, SEEDS))}", fontsize=11)
-    fig.tight_layout(rect=(0, 0, 1, 0.985))
-    common.save_figure(fig, path, dpi=80)
+    title = f"What makes a difference: error against mini-batches seen (trained on those left of the grey line): {'; '.join(data)}; seeds {', '.join(map(str, SEEDS))}"
+    fig.suptitle(textwrap.fill(title, 110), fontsize=11)
+    fig.tight_layout(rect=(0, 0, 1, 0.99))
+    common.save_figure(fig, path, dpi=100)
 
 
 def main():

@@ -10,6 +10,7 @@ weights and data. Flags that are not its own go to the script. Writes a JSON fil
 import itertools
 import os
 import sys
+import textwrap
 from collections import defaultdict
 from statistics import median
 
@@ -75,7 +76,7 @@ def measure(trained):
 
 def plot(report, path):
     """Milliseconds, megabytes and metric against K."""
-    fig = common.Figure((13.5, 4.2))
+    fig = common.Figure((10.5, 3.8))
     axes = fig.subplots(1, 3)
     labels = {"ms": f"ms for {report['batch']} tasks", "MB": "MB beside weights and data", "mean": report["metric"]}
     for ax, (key, label) in zip(axes, labels.items()):
@@ -86,11 +87,13 @@ def plot(report, path):
         ax.set_xscale("log", base=2)
         ax.set_xticks(KS, map(str, KS))
         ax.set(xlabel=f"K (x {report['args']['context']} observations)", ylabel=label)
-        ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
-    axes[2].axvline(report["args"]["steps"], color="0.7", lw=1, zorder=0)  # trained up to here
+    axes[2].axvline(report["args"]["steps"], color="0.7", lw=1, zorder=0, label="trained up to here")
+    for ax in axes:
+        ax.legend(fontsize=9)
     where = f"{report['machine']}, {report['threads']} thread(s), seed {report['args']['seed']}"
-    fig.suptitle(f"{report['script']}.py {report['args']['regime']}, {report['data']}; {where}\n{report['note']}", fontsize=10)
+    title = f"{report['script']}.py {report['args']['regime']}, {report['data']}; {where}\n"
+    fig.suptitle(title + textwrap.fill(report["note"], 120), fontsize=10)
     fig.tight_layout()
     common.save_figure(fig, path)
 

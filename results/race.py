@@ -198,10 +198,10 @@ def race(trained, names, seconds):
 
 def plot(report, path):
     """The metric against seconds, and against observations seen, of which L-BFGS has all from the start."""
-    fig = common.Figure((12, 5.6))
+    fig = common.Figure((10.5, 5.2))
     axes = fig.subplots(1, 2, sharey=True)
     for (name, row), color in zip(report["rows"].items(), common.COLORS):
-        style = dict(marker="o", markevery=[row["end"]], color=color, lw=2.5 if name == "this model" else 1.3, label=name)
+        style = dict(marker="o", markevery=[row["end"]], color=color, lw=2.5 if name == "this model" else 1.3, ls="--" if "first-order" in name else "-", label=name)
         stop = row["end"] + 1 if "L-BFGS" in name else None  # it stands still from there on
         for ax, key in zip(axes, ("seconds", "observations")):
             ax.plot(row[key][:stop], row["mean"][:stop], **style)
@@ -216,7 +216,7 @@ def plot(report, path):
     fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=9, handlelength=4)
     title = f"{report['script']}.py {args['regime']}, trained for {report['train_seconds']:.0f} s: {report['data']}"
     where = f"{report['machine']}, {report['threads']} thread(s), seed {args['seed']}; marks: where it ends, as picked on other tasks"
-    fig.suptitle("\n".join(textwrap.fill(words, 140) for words in (title, where)), fontsize=10)
+    fig.suptitle("\n".join(textwrap.fill(words, 120) for words in (title, where)), fontsize=10)
     fig.tight_layout(rect=(0, 0.1, 1, 1))
     common.save_figure(fig, path)
 
