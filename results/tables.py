@@ -142,14 +142,14 @@ def special():
     """Special cases of the framework, by the flags that make them, after as many steps as they are trained on."""
     rows = []
     for name, file, flags, k in (
-        ("hypernetwork", "hypernetwork", "--regime parametric --steps 1", 1),
-        ("conditional neural process", "cnp", "--regime explicit --steps 1", 1),
-        ("in-context learning", "icl", "--regime implicit --steps 1", 1),
-        ("learned optimizer", "grad", "--regime parametric --signal grad", 5),
+        ("hypernetwork", "hypernetwork", "`--regime parametric --steps 1`", 1),
+        ("conditional neural process", "cnp", "`--regime explicit --steps 1`", 1),
+        ("in-context learning", "icl", "`--regime implicit --steps 1` (MNIST: `--init random`)", 1),
+        ("learned optimizer", "grad", "`--regime parametric --signal grad`", 5),
     ):
-        regression, images = read(f"linreg-{file}"), read(f"mnist-{file}")
+        regression, images = read(f"linreg-{file}"), read("mnist-icl-random" if file == "icl" else f"mnist-{file}")
         errors = at(regression["metrics"]["id"], k, 3), at(images["metrics"]["id"], k)
-        rows.append([name, f"`{flags}`", k, *errors, f"{regression['seeds']} and {images['seeds']}"])
+        rows.append([name, flags, k, *errors, f"{regression['seeds']} and {images['seeds']}"])
     return table(["special case", "flags of `linreg.py` and `mnist.py`", "steps", "linear regression", "MNIST, error %", "seeds"], rows)
 
 
