@@ -125,7 +125,7 @@ def test_ranks_that_nobody_started_together_cannot_meet(monkeypatch, capsys):
     assert "torchrun" in error and error.count("\n") == 1 and not os.path.exists("run/log.jsonl")
 
 
-@pytest.mark.parametrize("rank", ("abc", "2"))
+@pytest.mark.parametrize("rank", ("abc", "2", "-1"))
 def test_a_rank_that_there_cannot_be(rank):
     done = subprocess.run([sys.executable, os.path.join(ROOT, "linreg.py")], env=os.environ | {"RANK": rank}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: RANK") and done.stderr.count("\n") == 1 and not done.stdout
