@@ -107,13 +107,41 @@ def linear_attention(q, k, v, visible=None, causal=False):
     return (scores * visible) @ v / visible.sum(-1, keepdim=True)
 
 
+def gaussian(a, b):
+    """exp(-|a - b|^2 / C) of all pairs, a (..., S, C) and b (..., N, C) -> (..., S, N): softmax attention's kernel, at unit size for a = b."""
+    return ((2 * a @ b.mT - a.square().sum(-1)[..., None] - b.square().sum(-1)[..., None, :]) / a.shape[-1]).exp()
+
+
+def linear(a, b):
+    """a . b / C of all pairs: linear attention's kernel."""
+    return a @ b.mT / a.shape[-1]
+
+
+def ridge_attention(q, k, v, kernel, ridge, visible=None):
+    """Kernel ridge regression of v on k at q: kernel(q, k) (kernel(k, k) + ridge)^-1 v over the visible tokens; ridge (heads, 1, 1).
+
+    Attention averages the values of similar tokens (a kernel smoother); this also accounts for how similar these are to each
+    other. With the linear kernel it is the mesa layer (von Oswald et al., 2023). In float32; the rest as in `softmax_attention`.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = q.float(), k.float()
+        weights, noise = kernel(q, k), ridge * torch.eye(k.shape[-2], device=k.device)
+        if visible is None:
+            weights = torch.linalg.solve_ex(kernel(k, k) + noise, weights.mT)[0].mT
+        else:  # each query has a system of its own, in which the tokens beyond its prefix stand alone
+            both = visible[..., None] & visible[..., None, :]
+            weights = torch.linalg.solve_ex((kernel(k, k)[..., None, :, :] * both) + noise[..., None, :, :], (weights * visible)[..., None])[0][..., 0]
+    return weights.to(v.dtype) @ v
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: `nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0, activation="gelu", norm_first=True)` in the open."""
 
-    def __init__(self, width, heads, attention="softmax"):
+    def __init__(self, width, heads, attention="softmax", reading="attention"):
         super().__init__()
         self.heads = heads
-        self.attend = linear_attention if attention == "linear" else softmax_attention
+        self.attend, self.kernel = (linear_attention, linear) if attention == "linear" else (softmax_attention, gaussian)
+        self.ridge = nn.Parameter(torch.full((heads, 1, 1), math.log(0.1))) if reading == "ridge" else None  # its log
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
@@ -128,13 +156,17 @@ class Block(nn.Module):
         return self.split(k), self.split(v)
 
     def forward(self, x, memory=None, visible=None, causal=False):
-        """Tokens x (B, S, D) attend to `memory` or, without one, to each other -> (B, S, D), and that memory.
+        """Tokens x (B, S, D) read `memory` or, without one, attend to each other -> (B, S, D), and that memory.
 
         `visible` is a boolean mask (B, 1, S, N), True where they may look.
         """
         h = self.norm1(x)
-        memory = memory or self.memory(h)
-        a = self.attend(self.split(self.query(h)), *memory, visible, causal)
+        q = self.split(self.query(h))
+        if memory and self.ridge is not None:
+            a = ridge_attention(q, *memory, self.kernel, self.ridge.exp() + 1e-3, visible)  # less would ask too much of float32
+        else:
+            memory = memory or self.memory(h)
+            a = self.attend(q, *memory, visible, causal)
         x = x + self.out(a.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x)), memory
 
@@ -147,9 +179,9 @@ class Transformer(nn.Module):
     tokens see themselves: nothing is as similar to a token as it is.
     """
 
-    def __init__(self, width, depth, heads, attention="softmax", alike=None):
+    def __init__(self, width, depth, heads, attention="softmax", alike=None, reading="attention"):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, attention, reading) for _ in range(depth))
         for block in self.blocks if alike else ():
             if alike == "rotation":
                 nn.init.orthogonal_(block.query.weight)
@@ -178,7 +210,7 @@ class Transformer(nn.Module):
             return memories + [last.memory(last.norm1(x))]  # nobody reads what the last layer would make of the context
 
     def read(self, x, memories, visible=None):
-        """Query tokens x (B, Q, D) attend to the context in every layer and never to each other -> (B, Q, D)."""
+        """Query tokens x (B, Q, D) read the context in every layer, and never each other -> (B, Q, D)."""
         with self.autocast(x):
             for block, memory in zip(self.blocks, memories):
                 x, _ = block(x, memory, visible)
@@ -347,7 +379,7 @@ class Implicit(nn.Module):
         self.query_embedding = nn.Parameter(0.02 * torch.randn(D))
         self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
         self.older = nn.Linear((self.history - 1) * P, D) if self.history > 1 else None
-        self.transformer = Transformer(D, args.depth, args.heads, args.attention, alike=args.init)
+        self.transformer = Transformer(D, args.depth, args.heads, args.attention, args.init, args.reading)
         self.decoder = nn.Linear(D, y_dim)
 
     def initial_state(self, query_x):
@@ -531,6 +563,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
     add("--state-scale", type=number(float, 0), default=1.0, help="what an implicit query is shown of its state is times this; 0 hides it")
     add("--init", choices=("random", "rotation"), default="random", help="what an implicit model's encoder of observations, keys and queries start as; a rotation keeps angles")
+    add("--reading", choices=("attention", "ridge"), default="attention", help="how implicit queries read a mini-batch: as its observations attend to each other, or by kernel ridge regression with the same kernel")
     add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
     add("--basis", choices=("linear", "fourier"), default="linear", help="what the explicit regime's trained basis functions of x start as")
     add("--hidden", type=count, default=64, help="how many of them (frequencies, of a cosine and a sine each); the latent has a weight for each and each number in y")
@@ -622,7 +655,7 @@ def parse_args(parser, presets, argv=None):
 
 def check(args, given):
     """Refuses what contradicts itself, with the reason."""
-    only = dict(state=["implicit"], state_scale=["implicit"], init=["implicit"], basis=["explicit"], hidden=["explicit"], decoder=["parametric", "explicit"])
+    only = dict(state=["implicit"], state_scale=["implicit"], init=["implicit"], reading=["implicit"], basis=["explicit"], hidden=["explicit"], decoder=["parametric", "explicit"])
     for flag, regimes in only.items():
         if flag in given and args.regime not in regimes:
             fail(f"{spell(flag, given[flag])} is for --regime {' and '.join(regimes)}")

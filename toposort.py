@@ -38,6 +38,8 @@ def get_args(argv=None):
         common.fail(f"--regime {args.regime} needs a predictor with parameters or a latent; leaf logits are refined by --regime implicit only")
     if args.state != "logits":
         common.fail(f"--state {args.state}: a node's state is its leaf logit (use --state logits)")
+    if args.reading != "attention":
+        common.fail(f"--reading {args.reading}: rows and nodes attend to each other, and there is no context to read (use --reading attention)")
     if args.mask != "none":
         common.fail("--mask causal: rows and nodes are sets that attend to each other both ways (use --mask none)")
     if args.queries is not None:

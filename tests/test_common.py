@@ -7,6 +7,7 @@ import os
 import sys
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -30,7 +31,7 @@ def identity(x):
 
 def settings(**changes):
     args = argparse.Namespace(
-        history=1, mask="causal", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0, init="random",
+        history=1, mask="causal", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0, init="random", reading="attention",
         width=8, depth=2, heads=2, basis="linear", hidden=6,
     )  # fmt: skip
     vars(args).update(changes)
@@ -87,11 +88,12 @@ def test_one_causal_pass_equals_a_loop_over_prefixes(task, regime, signal, histo
         close(at_once[n - 1], alone[0])
 
 
+@pytest.mark.parametrize("reading", ("attention", "ridge"))
 @pytest.mark.parametrize("attention", ("softmax", "linear"))
 @pytest.mark.parametrize("history", (1, 3))
-def test_implicit_queries_under_their_own_prefixes_equal_a_loop_over_queries(task, history, attention, monkeypatch):
+def test_implicit_queries_under_their_own_prefixes_equal_a_loop_over_queries(task, history, attention, reading, monkeypatch):
     """Each query is solved alone, in evaluation mode, on the context cut where the mask cuts it."""
-    model = make("implicit", history=history, attention=attention).train()
+    model = make("implicit", history=history, attention=attention, reading=reading).train()
     x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
     lengths = torch.randint(1, N + 1, (B, Q, 1))
     monkeypatch.setattr(common, "draw_size", lambda *_, **__: lengths)
@@ -140,10 +142,11 @@ def test_half_of_the_prefixes_are_whole_and_each_query_and_task_draws_its_own(ta
     assert (lengths[:, :1] != lengths).any(0)[1:].all(), "queries share a length"
 
 
+@pytest.mark.parametrize("reading", ("attention", "ridge"))
 @pytest.mark.parametrize("mask", ("causal", "none"))
 @pytest.mark.parametrize("state", ("logits", "softmax", "latent"))
-def test_an_implicit_prediction_does_not_change_when_other_queries_do(task, mask, state):
-    model = make("implicit", mask=mask, state=state, history=2)
+def test_an_implicit_prediction_does_not_change_when_other_queries_do(task, mask, state, reading):
+    model = make("implicit", mask=mask, state=state, reading=reading, history=2)
 
     def predictions(query_x):
         torch.manual_seed(5)  # the same prefixes
@@ -294,6 +297,25 @@ def test_one_layer_of_linear_attention_takes_a_step_of_gradient_descent():
     x, y, query, w = torch.randn(B, 1, N, X), torch.randn(B, 1, N, 1), torch.randn(B, 1, Q, X), torch.zeros(B, X, 1, requires_grad=True)
     (gradient,) = torch.autograd.grad((x[:, 0] @ w - y[:, 0]).square().mean(1).sum(), w)
     close(common.linear_attention(query, x, y)[:, 0], query[:, 0] @ -gradient / 2 * X**-0.5)
+
+
+@pytest.mark.parametrize("attention", ("softmax", "linear"))
+def test_reading_by_ridge_equals_a_regression_for_each_query_on_what_it_sees(attention):
+    """In the dual form of Gaussian processes, in numpy; the linear kernel in the primal form, too."""
+    q, k, v, ridge = torch.randn(B, 2, Q, 4), torch.randn(B, 2, N, 4), torch.randn(B, 2, N, 3), torch.rand(2, 1, 1) + 0.1
+    prefixes = torch.arange(N) < torch.randint(1, N + 1, (B, 1, Q, 1))
+    kernel = {"softmax": lambda a, b: np.exp(-((a - b) ** 2).sum() / 4), "linear": lambda a, b: a @ b / 4}[attention]
+    for visible in (None, prefixes):
+        found = common.ridge_attention(q, k, v, common.Block(8, 2, attention).kernel, ridge, visible)
+        for b, h, i in itertools.product(range(B), range(2), range(Q)):
+            n = N if visible is None else int(visible[b, 0, i].sum())
+            query, keys, values, noise = q[b, h, i].numpy(), k[b, h, :n].numpy(), v[b, h, :n].numpy(), ridge[h].item()
+            system = np.array([[kernel(a, c) for c in keys] for a in keys]) + noise * np.eye(n)
+            expected = np.array([kernel(query, c) for c in keys]) @ np.linalg.solve(system, values)
+            close(found[b, h, i], torch.tensor(expected, dtype=torch.float32), 1e-4)
+            if attention == "linear":
+                weights = np.linalg.solve(keys.T @ keys + 4 * noise * np.eye(4), keys.T @ values)
+                close(found[b, h, i], torch.tensor(query @ weights, dtype=torch.float32), 1e-4)
 
 
 @pytest.mark.parametrize("regime", ("parametric", "explicit", "implicit"))

@@ -30,6 +30,7 @@ VARIANTS = [
     "--regime implicit --history 2",
     "--regime explicit --mask none --attention softmax",
     "--regime implicit --mask causal --attention linear",
+    *(f"--regime implicit --mask {mask} --attention {attention} --reading ridge --dtype bfloat16" for mask in ("causal", "none") for attention in ("softmax", "linear")),
     "--regime implicit --clock steps",
     "--regime explicit --clock steps",
     "--regime explicit --decoder linear --update direct",
