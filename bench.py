@@ -45,8 +45,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-# The scripts, with the flags by which they need no files and have the attention of the yardstick.
+# The scripts, with the flags by which they need no files and have the attention of the yardstick; and what its queries do.
 SCRIPTS = {"linreg": ["--attention=softmax"], "mnist": ["--dataset=glyphs"], "imagenet": ["--features=synthetic"], "mog_flow": []}
+READING = {"implicit": ["--reading=attention"]}
 TURN, MOST = 0.5, 20  # a turn is this many seconds of steps, but at most so many steps
 KS = range(1, 11)
 
@@ -67,7 +68,7 @@ def get_jobs(args):
     pairs = [(script, regime) for script in args.scripts for regime in args.regimes if script != "mog_flow" or regime == "implicit"]
     if not pairs:
         common.fail(f"--regimes {' '.join(args.regimes)}: {' and '.join(args.scripts)} can only do implicit")
-    return [(script, reports.read_flags(script, *SCRIPTS[script], *args.more, f"--regime={regime}")) for script, regime in pairs]
+    return [(script, reports.read_flags(script, *SCRIPTS[script], *READING.get(regime, ()), *args.more, f"--regime={regime}")) for script, regime in pairs]
 
 
 # ---------------------------------------------------------------- the yardstick

@@ -72,7 +72,7 @@ def minutes(results):
 
 
 def command(results):
-    """As it would be given today. Older implicit models of images saw their whole state and began with random keys, regression had no clock, others moved in the span."""
+    """As it would be given today. Older implicit models of images read by attention, saw their whole state and began with random keys, regression had no clock, others moved in the span."""
     text, edited, _ = re.sub(" --(data-dir|out|repeats) [^ ]+| --overwrite", "", results["command"]).partition(", edited")
     args, script = results.get("args", {}), text.split()[1]
     implicit = args.get("regime", "implicit") == "implicit"
@@ -80,6 +80,8 @@ def command(results):
         text += " --state-scale 1"
     if implicit and script in ("mnist.py", "imagenet.py") and "init" not in args:
         text += " --init random"
+    if implicit and script in ("mnist.py", "imagenet.py") and "reading" not in args:
+        text += " --reading attention"
     if not implicit and args["decoder"] == "span" and "--decoder" not in text:
         text += " --decoder span"
     if script == "linreg.py" and args.get("clock", "none") == "none" and "--clock" not in text:

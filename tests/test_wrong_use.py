@@ -74,6 +74,8 @@ FLAGS = [  # flags, what the line must name
     ("--regime parametric --state latent", "--state"),
     ("--regime parametric --state-scale 0.5", "--state-scale"),
     ("--regime explicit --init rotation", "--init"),
+    ("--regime parametric --reading ridge", "--reading"),
+    ("--reading aloud", "--reading"),
     ("--regime implicit --state-scale -1", "--state-scale"),
     ("--regime explicit --state latent", "--state"),
     ("--decoder convolution", "--decoder"),
