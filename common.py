@@ -107,12 +107,12 @@ def linear_attention(q, k, v, visible=None, causal=False):
     return (scores * visible) @ v / visible.sum(-1, keepdim=True)
 
 
-def gaussian(a, b):
+def gaussian_kernel(a, b):
     """exp(-|a - b|^2 / C) of all pairs, a (..., S, C) and b (..., N, C) -> (..., S, N): softmax attention's kernel, at unit size for a = b."""
     return ((2 * a @ b.mT - a.square().sum(-1)[..., None] - b.square().sum(-1)[..., None, :]) / a.shape[-1]).exp()
 
 
-def linear(a, b):
+def linear_kernel(a, b):
     """a . b / C of all pairs: linear attention's kernel."""
     return a @ b.mT / a.shape[-1]
 
@@ -125,12 +125,12 @@ def ridge_attention(q, k, v, kernel, ridge, visible=None):
     """
     with torch.autocast(q.device.type, enabled=False):
         q, k = q.float(), k.float()
-        weights, noise = kernel(q, k), ridge * torch.eye(k.shape[-2], device=k.device)
+        weights, system, ridge = kernel(q, k), kernel(k, k), ridge * torch.eye(k.shape[-2], device=k.device)
         if visible is None:
-            weights = torch.linalg.solve_ex(kernel(k, k) + noise, weights.mT)[0].mT
-        else:  # each query has a system of its own, in which the tokens beyond its prefix stand alone
-            both = visible[..., None] & visible[..., None, :]
-            weights = torch.linalg.solve_ex((kernel(k, k)[..., None, :, :] * both) + noise[..., None, :, :], (weights * visible)[..., None])[0][..., 0]
+            weights = torch.linalg.solve_ex(system + ridge, weights.mT)[0].mT
+        else:  # a system for each query (B, heads, S, N, N), in which tokens that it does not see stand alone
+            system = system[:, :, None] * visible[..., None] * visible[..., None, :]
+            weights = torch.linalg.solve_ex(system + ridge[:, None], (weights * visible)[..., None])[0][..., 0]
     return weights.to(v.dtype) @ v
 
 
@@ -140,7 +140,7 @@ class Block(nn.Module):
     def __init__(self, width, heads, attention="softmax", reading="attention"):
         super().__init__()
         self.heads = heads
-        self.attend, self.kernel = (linear_attention, linear) if attention == "linear" else (softmax_attention, gaussian)
+        self.attend, self.kernel = (linear_attention, linear_kernel) if attention == "linear" else (softmax_attention, gaussian_kernel)
         self.ridge = nn.Parameter(torch.full((heads, 1, 1), math.log(0.1))) if reading == "ridge" else None  # its log
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
