@@ -162,7 +162,7 @@ def lengths():
         "parametric regression, no clock": ("linreg-noclock", "linreg-k10-noclock"),
         "implicit regression": ("linreg-icl", "linreg-implicit", "linreg-implicit-k10"),
         "implicit regression, no clock": ("linreg-implicit-noclock", "linreg-implicit-k10-noclock"),
-        "implicit MNIST, error %": ("mnist-icl", "mnist"),
+        "implicit MNIST, error %": ("mnist-icl", "mnist", "mnist-k10"),
         "the same, read by attention": ("mnist-icl-random", "mnist-random", "mnist-k10-random"),
         "the same, state seen whole": ("mnist-loud-icl", "mnist-loud", "mnist-loud-k10"),
     }
