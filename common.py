@@ -151,7 +151,7 @@ class Block(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, S, C)
 
     def memory(self, h):
-        """Keys and values of normed tokens h (B, N, D), for any token that attends to them."""
+        """Keys and values of normed tokens h (B, N, D), for any token that reads them."""
         k, v = self.key_value(h).chunk(2, dim=-1)
         return self.split(k), self.split(v)
 
@@ -390,7 +390,7 @@ class Implicit(nn.Module):
         return self.decoder(states) if self.kind == "latent" else states
 
     def encode(self, x, y):
-        """A mini-batch -> the keys and values that queries attend to. Reusable: it depends on no query."""
+        """A mini-batch -> the keys and values that queries read. Reusable: it depends on no query."""
         return self.transformer.encode(self.observation(torch.cat([x, y], -1)), self.causal)
 
     def update(self, past, x, y, query_x, step=0):
