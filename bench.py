@@ -5,8 +5,9 @@
     python bench.py --preset paper --device cuda --dtype bfloat16   # the paper's sizes, on a GPU
 
 A turn runs the script's own `train` for about half a second, on the same tasks as the other turns; all of it but the journal
-is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. All mini-batches are seen
-whole, the most that a step may draw in training with --mask none: so every step is the same work. The columns:
+is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. Linreg has softmax attention,
+and implicit models have --reading attention: PyTorch's encoder has nothing else. All mini-batches are seen whole, the most
+that a step may draw in training with --mask none: so every step is the same work. The columns:
 
     ms          one training step: sampling, K refinement steps forward and backward, clipping, AdamW; median of the turns
     sampling    the part of it that draws the tasks, measured alone
@@ -45,7 +46,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-# The scripts, with the flags by which they need no files and have the attention of the yardstick; and what its queries do.
+# The scripts, with the flags by which they need no files and have the attention of the yardstick; and what gives it to implicit queries.
 SCRIPTS = {"linreg": ["--attention=softmax"], "mnist": ["--dataset=glyphs"], "imagenet": ["--features=synthetic"], "mog_flow": []}
 READING = {"implicit": ["--reading=attention"]}
 TURN, MOST = 0.5, 20  # a turn is this many seconds of steps, but at most so many steps
@@ -68,7 +69,10 @@ def get_jobs(args):
     pairs = [(script, regime) for script in args.scripts for regime in args.regimes if script != "mog_flow" or regime == "implicit"]
     if not pairs:
         common.fail(f"--regimes {' '.join(args.regimes)}: {' and '.join(args.scripts)} can only do implicit")
-    return [(script, reports.read_flags(script, *SCRIPTS[script], *READING.get(regime, ()), *args.more, f"--regime={regime}")) for script, regime in pairs]
+    jobs = [(script, reports.read_flags(script, *SCRIPTS[script], *READING.get(regime, ()), *args.more, f"--regime={regime}")) for script, regime in pairs]
+    if any(job.attention != "softmax" or job.regime == "implicit" and job.reading != "attention" for _, job in jobs):
+        common.fail("PyTorch's encoder has softmax attention and nothing else to compare with: drop --attention and --reading")
+    return jobs
 
 
 # ---------------------------------------------------------------- the yardstick

@@ -5,7 +5,7 @@ The second half (flags, files, evaluation, plots) is plumbing and knows nothing 
 
 Shapes: B tasks, K steps (one mini-batch each), N observations in a mini-batch (the context), Q queries, D width,
 T prefixes of a mini-batch, H past states, P numbers in a state (implicit: of a query), X and Y numbers in an input and in
-a target, F basis functions; S tokens that attend, C numbers a head. Equations, sections and figures are the paper's.
+a target, F basis functions; S tokens that attend or read, C numbers a head. Equations, sections and figures are the paper's.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def linear_attention(q, k, v, visible=None, causal=False):
     """Attention without the softmax: the mean over the visible tokens of (q . k) v.
 
     Weights may be negative and grow with x, so that one layer can take a step of gradient descent on a least-squares
-    problem (von Oswald et al., 2023). Softmax attention averages: right for classes, slow to learn for regression.
+    problem (von Oswald et al., 2023a). Softmax attention averages: right for classes, slow to learn for regression.
     """
     q = q * q.shape[-1] ** -0.5
     if visible is None and not causal:
@@ -108,7 +108,10 @@ def linear_attention(q, k, v, visible=None, causal=False):
 
 
 def gaussian_kernel(a, b):
-    """exp(-|a - b|^2 / C) of all pairs, a (..., S, C) and b (..., N, C) -> (..., S, N): softmax attention's kernel, at unit size for a = b."""
+    """exp(-|a - b|^2 / C) of all pairs, a (..., S, C) and b (..., N, C) -> (..., S, N).
+
+    Softmax attention's exp(a . b / sqrt(C)), divided by its value at a = b, is a Gaussian, too, but a narrower one.
+    """
     return ((2 * a @ b.mT - a.square().sum(-1)[..., None] - b.square().sum(-1)[..., None, :]) / a.shape[-1]).exp()
 
 
@@ -118,30 +121,33 @@ def linear_kernel(a, b):
 
 
 def ridge_attention(q, k, v, kernel, ridge, visible=None):
-    """Kernel ridge regression of v on k at q: kernel(q, k) (kernel(k, k) + ridge)^-1 v over the visible tokens; ridge (heads, 1, 1).
+    """Kernel ridge regression of v on k at q: kernel(q, k) (kernel(k, k) + ridge I)^-1 v over the visible tokens; ridge (heads, 1, 1).
 
     Attention averages the values of similar tokens (a kernel smoother); this also accounts for how similar these are to each
-    other. With the linear kernel it is the mesa layer (von Oswald et al., 2023). In float32; the rest as in `softmax_attention`.
+    other. With the linear kernel it is the mesa layer (von Oswald et al., 2023b). Shapes as in `softmax_attention`; solved in float32.
     """
     with torch.autocast(q.device.type, enabled=False):
         q, k = q.float(), k.float()
-        weights, system, ridge = kernel(q, k), kernel(k, k), ridge * torch.eye(k.shape[-2], device=k.device)
+        weights, system, noise = kernel(q, k), kernel(k, k), ridge * torch.eye(k.shape[-2], device=k.device)
         if visible is None:
-            weights = torch.linalg.solve_ex(system + ridge, weights.mT)[0].mT
+            weights = torch.linalg.solve_ex(system + noise, weights.mT)[0].mT
         else:  # a system for each query (B, heads, S, N, N), in which tokens that it does not see stand alone
             system = system[:, :, None] * visible[..., None] * visible[..., None, :]
-            weights = torch.linalg.solve_ex(system + ridge[:, None], (weights * visible)[..., None])[0][..., 0]
+            weights = torch.linalg.solve_ex(system + noise[:, None], (weights * visible)[..., None])[0][..., 0]
     return weights.to(v.dtype) @ v
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: `nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0, activation="gelu", norm_first=True)` in the open."""
+    """Pre-norm transformer block: `nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0, activation="gelu", norm_first=True)` in the open.
+
+    With reading="ridge" a memory is read by ridge regression in place of attention.
+    """
 
     def __init__(self, width, heads, attention="softmax", reading="attention"):
         super().__init__()
         self.heads = heads
         self.attend, self.kernel = (linear_attention, linear_kernel) if attention == "linear" else (softmax_attention, gaussian_kernel)
-        self.ridge = nn.Parameter(torch.full((heads, 1, 1), math.log(0.1))) if reading == "ridge" else None  # its log
+        self.log_ridge = nn.Parameter(torch.full((heads, 1, 1), math.log(0.1))) if reading == "ridge" else None
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
@@ -162,8 +168,9 @@ class Block(nn.Module):
         """
         h = self.norm1(x)
         q = self.split(self.query(h))
-        if memory and self.ridge is not None:
-            a = ridge_attention(q, *memory, self.kernel, self.ridge.exp() + 1e-3, visible)  # less would ask too much of float32
+        if memory and self.log_ridge is not None:
+            ridge = self.log_ridge.exp() + 1e-3  # with less, float32 could not solve
+            a = ridge_attention(q, *memory, self.kernel, ridge, visible)
         else:
             memory = memory or self.memory(h)
             a = self.attend(q, *memory, visible, causal)
@@ -563,7 +570,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
     add("--state-scale", type=number(float, 0), default=1.0, help="what an implicit query is shown of its state is times this; 0 hides it")
     add("--init", choices=("random", "rotation"), default="random", help="what an implicit model's encoder of observations, keys and queries start as; a rotation keeps angles")
-    add("--reading", choices=("attention", "ridge"), default="attention", help="how implicit queries read a mini-batch: as its observations attend to each other, or by kernel ridge regression with the same kernel")
+    add("--reading", choices=("attention", "ridge"), default="attention", help="how implicit queries read a mini-batch: by attention, as its observations do each other, or by kernel ridge regression with a Gaussian kernel (with --attention linear, the linear one)")
     add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
     add("--basis", choices=("linear", "fourier"), default="linear", help="what the explicit regime's trained basis functions of x start as")
     add("--hidden", type=count, default=64, help="how many of them (frequencies, of a cosine and a sine each); the latent has a weight for each and each number in y")

@@ -72,7 +72,7 @@ def minutes(results):
 
 
 def command(results):
-    """As it would be given today. Older implicit models of images read by attention, saw their whole state and began with random keys, regression had no clock, others moved in the span."""
+    """As it would be given today. Older implicit models of MNIST read by attention, those of images saw their whole state and began with random keys, regression had no clock, others moved in the span."""
     text, edited, _ = re.sub(" --(data-dir|out|repeats) [^ ]+| --overwrite", "", results["command"]).partition(", edited")
     args, script = results.get("args", {}), text.split()[1]
     implicit = args.get("regime", "implicit") == "implicit"
@@ -80,7 +80,7 @@ def command(results):
         text += " --state-scale 1"
     if implicit and script in ("mnist.py", "imagenet.py") and "init" not in args:
         text += " --init random"
-    if implicit and script in ("mnist.py", "imagenet.py") and "reading" not in args:
+    if implicit and script == "mnist.py" and "reading" not in args:
         text += " --reading attention"
     if not implicit and args["decoder"] == "span" and "--decoder" not in text:
         text += " --decoder span"
@@ -163,7 +163,7 @@ def lengths():
         "implicit regression": ("linreg-icl", "linreg-implicit", "linreg-implicit-k10"),
         "implicit regression, no clock": ("linreg-implicit-noclock", "linreg-implicit-k10-noclock"),
         "implicit MNIST, error %": ("mnist-icl", "mnist", "mnist-k10"),
-        "the same, read by attention": ("mnist-icl-random", "mnist-random", "mnist-k10-random"),
+        "the same, by attention, from random weights": ("mnist-icl-random", "mnist-random", "mnist-k10-random"),
         "the same, state seen whole": ("mnist-loud-icl", "mnist-loud", "mnist-loud-k10"),
     }
     rows = []

@@ -156,6 +156,8 @@ WRONG = [  # flags, what the line must name
     ("--out here/there.json", "here"),
     ("--out folder --overwrite", "folder is not to be replaced"),
     ("--out=", "--out"),
+    ("--scripts mnist --reading ridge", "--reading"),
+    ("--attention linear", "--attention"),
     ("stray", "stray"),
 ]
 

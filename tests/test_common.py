@@ -293,7 +293,7 @@ def test_linear_attention_equals_a_loop_over_tokens_and_what_they_see():
 
 
 def test_one_layer_of_linear_attention_takes_a_step_of_gradient_descent():
-    """Keys x, values y: a query reads off x . w after one step on the mean squared error from w = 0 (von Oswald et al., 2023)."""
+    """Keys x, values y: a query reads off x . w after one step on the mean squared error from w = 0 (von Oswald et al., 2023a)."""
     x, y, query, w = torch.randn(B, 1, N, X), torch.randn(B, 1, N, 1), torch.randn(B, 1, Q, X), torch.zeros(B, X, 1, requires_grad=True)
     (gradient,) = torch.autograd.grad((x[:, 0] @ w - y[:, 0]).square().mean(1).sum(), w)
     close(common.linear_attention(query, x, y)[:, 0], query[:, 0] @ -gradient / 2 * X**-0.5)
