@@ -156,8 +156,8 @@ WRONG = [  # flags, what the line must name
     ("--out here/there.json", "here"),
     ("--out folder --overwrite", "folder is not to be replaced"),
     ("--out=", "--out"),
-    ("--scripts mnist --reading ridge", "--reading"),
-    ("--attention linear", "--attention"),
+    ("--scripts mnist --regimes implicit --reading ridge", "drop --attention and --reading"),
+    ("--attention linear", "drop --attention and --reading"),
     ("stray", "stray"),
 ]
 
