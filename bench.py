@@ -6,8 +6,9 @@
 
 A turn runs the script's own `train` for about half a second, on the same tasks as the other turns; all of it but the journal
 is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. Linreg has softmax attention,
-and implicit models have --reading attention: PyTorch's encoder has nothing else. All mini-batches are seen whole, the most
-that a step may draw in training with --mask none: so every step is the same work. The columns:
+and implicit models have --reading attention: PyTorch's encoder has nothing else. These have --residuals off, too, as the
+paper's. All mini-batches are seen whole, the most that a step may draw in training with --mask none: so every step is the
+same work. The columns:
 
     ms          one training step: sampling, K refinement steps forward and backward, clipping, AdamW; median of the turns
     sampling    the part of it that draws the tasks, measured alone
@@ -46,9 +47,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-# The scripts, with the flags by which they need no files and have the attention of the yardstick; and what gives it to implicit queries.
+# The scripts, with the flags by which they need no files and have the attention of the yardstick; and those of implicit models.
 SCRIPTS = {"linreg": ["--attention=softmax"], "mnist": ["--dataset=glyphs"], "imagenet": ["--features=synthetic"], "mog_flow": []}
-READING = {"implicit": ["--reading=attention"]}
+IMPLICIT = ["--reading=attention", "--residuals=off"]
 TURN, MOST = 0.5, 20  # a turn is this many seconds of steps, but at most so many steps
 KS = range(1, 11)
 
@@ -69,7 +70,7 @@ def get_jobs(args):
     pairs = [(script, regime) for script in args.scripts for regime in args.regimes if script != "mog_flow" or regime == "implicit"]
     if not pairs:
         common.fail(f"--regimes {' '.join(args.regimes)}: {' and '.join(args.scripts)} can only do implicit")
-    jobs = [(script, reports.read_flags(script, *SCRIPTS[script], *READING.get(regime, ()), *args.more, f"--regime={regime}")) for script, regime in pairs]
+    jobs = [(script, reports.read_flags(script, *SCRIPTS[script], *(IMPLICIT if regime == "implicit" else ()), *args.more, f"--regime={regime}")) for script, regime in pairs]
     if any(job.attention != "softmax" or job.regime == "implicit" and job.reading != "attention" for _, job in jobs):
         common.fail("PyTorch's encoder has softmax attention and nothing else to compare with: drop --attention and --reading")
     return jobs

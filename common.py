@@ -56,10 +56,43 @@ def refine(model, task):
     may be backpropagated at once, and its graph is freed before the next step (greedy training, eqs. 9 and 19-22).
     """
     past = [model.initial_state(task.query_x)] * model.history  # oldest first
-    for step, (x, y) in enumerate(zip(task.context_x, task.context_y)):
+    for step, (x, y) in enumerate(mini_batches(model, task)):
         states = model.update(past, x, y, task.query_x, step)  # (T, B, ...)
         yield model.predict(states, task.query_x)
         past = [state.detach() for state in [*past[1:], states[-1]]]  # what the whole mini-batch led to
+
+
+@torch.no_grad()
+def mini_batches(model, task):
+    """The mini-batches of `task` one by one, x (B, n, X) and y (B, n, Y): of all N observations or, in training without a mask, one random size for all tasks (sec. 11.4).
+
+    With `--residuals on` y is (B, n, 2 Y), followed by the residuals of what the model predicts before it sees these
+    observations. In the implicit regime only queries have predictions: so each observation is one, in all mini-batches
+    before its own. It meets them as the task's queries do, at the same sizes, for its residual tells how far these have come.
+    """
+    if model.follows:
+        later = task.context_x.transpose(0, 1).flatten(1, 2)  # the observations to come (B, K N, X)
+        past = [model.initial_state(later)] * model.history
+    for step, (x, y) in enumerate(zip(task.context_x, task.context_y)):
+        N = x.shape[1]
+        n = int(draw_size(N, ())) if model.training and not model.causal else N
+        x, y = x[:, :n], y[:, :n]
+        if model.follows:
+            own, past, later = past[-1][:, :n], [state[:, N:] for state in past], later[:, N:]
+            y = torch.cat([y, residuals(model.loss, model.predict(own, x), y)], -1)
+        yield x, y
+        if model.follows and later.shape[1]:
+            past = [*past[1:], model.update(past, x, y, later, step)[-1]]
+
+
+def residuals(loss, predictions, y):
+    """Gradient of each observation's loss in its prediction, p - y for cross-entropy and twice that for squares: (B, N, Y) and (B, N, Y) -> (B, N, Y).
+
+    An input of the model, as the gradients are: nothing flows back into it.
+    """
+    with torch.enable_grad():
+        predictions = predictions.detach().requires_grad_()
+        return torch.autograd.grad(loss(predictions, y).sum(), predictions)[0]
 
 
 def draw_size(N, shape, device="cpu"):
@@ -237,7 +270,7 @@ class Parametric(nn.Module):
     def __init__(self, args, x_dim, y_dim, loss, basis):
         super().__init__()
         self.loss, self.basis, self.y_dim = loss, basis, y_dim
-        self.history, self.causal = args.history, args.mask == "causal"
+        self.history, self.follows, self.causal = args.history, False, args.mask == "causal"
         self.span, self.solve, self.direct = args.decoder != "linear", args.decoder == "solve", args.update == "direct"
         D, P = args.width, basis(torch.zeros(x_dim)).shape[-1] * y_dim
         self.theta0 = nn.Parameter(torch.zeros(P))
@@ -268,15 +301,6 @@ class Parametric(nn.Module):
         weights = states.unflatten(-1, (self.y_dim, -1)).transpose(0, 1).flatten(1, 2)  # (B, T Y, F)
         return (weights @ phi.mT).unflatten(1, (len(states), -1)).transpose(0, 1).mT
 
-    def residuals(self, state, phi, y):
-        """Gradient of each observation's loss in its prediction, p - y for cross-entropy and twice that for squares: (B, P), basis(x) (B, N, F) -> (B, N, Y).
-
-        An input of the model, as the gradients are: nothing flows back into it.
-        """
-        with torch.enable_grad():
-            predictions = self.apply_to(phi, state[None])[0].detach().requires_grad_()
-            return torch.autograd.grad(self.loss(predictions, y).sum(), predictions)[0]
-
     def gradients(self, residuals, phi):
         """Gradient of each observation's loss at the state, by the chain rule: (B, N, Y) and (B, N, F) -> (B, N, P)."""
         return (residuals[..., None] * phi[..., None, :]).flatten(2)
@@ -300,17 +324,14 @@ class Parametric(nn.Module):
 
     def update(self, past, x, y, query_x, step=0):
         """h_phi of eq. 7: the last H states (B, P) and a mini-batch, after `step` others -> states after each prefix (T, B, P)."""
-        if self.training and not self.causal:  # one random size a step for the whole batch (sec. 11.4)
-            n = int(draw_size(x.shape[1], ()))
-            x, y = x[:, :n], y[:, :n]
         phi = self.basis(x).detach()  # a trained basis learns from what is predicted, not from how it is updated
-        residuals, tokens = [self.residuals(state, phi, y) for state in past], 0
+        wrong, tokens = [residuals(self.loss, self.apply_to(phi, state[None])[0], y) for state in past], 0
         if self.observation is not None:
             tokens = tokens + self.observation(torch.cat([x, y], -1))  # (B, N, D)
         if self.gradient is not None:
-            tokens = tokens + self.gradient(torch.cat([self.gradients(r, phi) for r in residuals], -1))
+            tokens = tokens + self.gradient(torch.cat([self.gradients(r, phi) for r in wrong], -1))
         if self.span:
-            tokens = tokens + self.residual(torch.cat(residuals, -1))
+            tokens = tokens + self.residual(torch.cat(wrong, -1))
         if self.clock is not None:
             tokens = tokens + self.clock / (step + 1)  # the weight of a new mini-batch in an average of all
         if self.span:
@@ -373,16 +394,18 @@ class Implicit(nn.Module):
 
     def __init__(self, args, x_dim, y_dim, loss=None, basis=None):
         super().__init__()
-        self.history, self.causal, self.kind = args.history, args.mask == "causal", args.state
+        self.loss, self.kind = loss, args.state
+        self.history, self.follows, self.causal = args.history, args.residuals == "on", args.mask == "causal"
         # Logits outgrow the one-hot labels that share their encoder: a query is shown --state-scale of them.
         self.adds, self.scale = args.update == "residual", args.state_scale
         D, P = args.width, (args.width if args.state == "latent" else y_dim)
         self.initial = nn.Parameter(torch.zeros(P))
-        self.observation = nn.Linear(x_dim + y_dim, D)
+        self.blank = y_dim if self.follows else 0  # numbers in an observation's residual, in whose place a query has zeros
+        self.observation = nn.Linear(x_dim + y_dim + self.blank, D)
         if args.init == "rotation":  # tokens start as much alike as their inputs are
             nn.init.orthogonal_(self.observation.weight)
         # Queries share the encoder of the observations [x, y]; a latent is no y and gets its own (sec. 11.1).
-        self.query = nn.Linear(x_dim + D, D) if args.state == "latent" else self.observation
+        self.query = nn.Linear(x_dim + D + self.blank, D) if args.state == "latent" else self.observation
         self.query_embedding = nn.Parameter(0.02 * torch.randn(D))
         self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
         self.older = nn.Linear((self.history - 1) * P, D) if self.history > 1 else None
@@ -397,7 +420,7 @@ class Implicit(nn.Module):
         return self.decoder(states) if self.kind == "latent" else states
 
     def encode(self, x, y):
-        """A mini-batch -> the keys and values that queries read. Reusable: it depends on no query."""
+        """A mini-batch x (B, N, X), y (B, N, Y), with residuals (B, N, 2 Y) -> the keys and values that queries read. Reusable: it depends on no query."""
         return self.transformer.encode(self.observation(torch.cat([x, y], -1)), self.causal)
 
     def update(self, past, x, y, query_x, step=0):
@@ -407,15 +430,13 @@ class Implicit(nn.Module):
             B, Q, _ = query_x.shape
             size = own(draw_size(N, (RANKS * B, Q, 1), x.device))  # drawn for the tasks of all ranks, to keep this one's
             visible = (torch.arange(N, device=x.device) < size)[:, None]  # (B, 1, Q, N)
-        elif self.training:  # one random size a step for the whole batch (sec. 11.4)
-            n = int(draw_size(N, ()))
-            x, y = x[:, :n], y[:, :n]
         return self.read(past, self.encode(x, y), query_x, visible, step)
 
     def read(self, past, memories, query_x, visible=None, step=0):
         """`update` from the keys and values of an encoded mini-batch; of these each query sees what `visible` (B, 1, Q, N) says."""
         state = past[-1].softmax(-1) if self.kind == "softmax" else past[-1]
-        tokens = self.query(torch.cat([query_x, self.scale * state], -1)) + self.query_embedding  # (B, Q, D)
+        shown = F.pad(torch.cat([query_x, self.scale * state], -1), (0, self.blank))
+        tokens = self.query(shown) + self.query_embedding  # (B, Q, D)
         if self.older is not None:
             tokens = tokens + self.older(self.scale * torch.cat(past[:-1], -1))
         if self.clock is not None:
@@ -571,6 +592,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--state-scale", type=number(float, 0), default=1.0, help="what an implicit query is shown of its state is times this; 0 hides it")
     add("--init", choices=("random", "rotation"), default="random", help="what an implicit model's encoder of observations, keys and queries start as; a rotation keeps angles")
     add("--reading", choices=("attention", "ridge"), default="attention", help="how implicit queries read a mini-batch: by attention, as its observations do each other, or by kernel ridge regression with a Gaussian kernel (with --attention linear, the linear one)")
+    add("--residuals", choices=("off", "on"), default="off", help="on: an implicit model's observations are queries, too, until their turn, and then show what was wrong about their own prediction")
     add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
     add("--basis", choices=("linear", "fourier"), default="linear", help="what the explicit regime's trained basis functions of x start as")
     add("--hidden", type=count, default=64, help="how many of them (frequencies, of a cosine and a sine each); the latent has a weight for each and each number in y")
@@ -662,7 +684,7 @@ def parse_args(parser, presets, argv=None):
 
 def check(args, given):
     """Refuses what contradicts itself, with the reason."""
-    only = dict(state=["implicit"], state_scale=["implicit"], init=["implicit"], reading=["implicit"], basis=["explicit"], hidden=["explicit"], decoder=["parametric", "explicit"])
+    only = dict(state=["implicit"], state_scale=["implicit"], init=["implicit"], reading=["implicit"], residuals=["implicit"], basis=["explicit"], hidden=["explicit"], decoder=["parametric", "explicit"])
     for flag, regimes in only.items():
         if flag in given and args.regime not in regimes:
             fail(f"{spell(flag, given[flag])} is for --regime {' and '.join(regimes)}")
@@ -673,7 +695,7 @@ def check(args, given):
         (args.tasks % RANKS, f"--tasks {args.tasks} is not divisible by the {RANKS} ranks that share them"),
         (args.hidden % args.latent_tokens, f"--hidden {args.hidden} is not divisible by --latent-tokens {args.latent_tokens}"),
         (args.latent_tokens > 1 and not slots, "--latent-tokens above 1 needs --regime explicit --decoder linear --mask none"),
-        (implicit and args.signal != "data", f"--signal {args.signal}: --regime implicit has no parameters to take gradients of (use --signal data)"),
+        (implicit and args.signal != "data", f"--signal {args.signal}: --regime implicit has no parameters to take gradients of (use --signal data, or --residuals on)"),
         (args.update == "direct" and not implicit and not linear, "--update direct needs --decoder linear: the span of the data holds changes only"),
     )
     for wrong, reason in refusals:

@@ -44,6 +44,8 @@ def parse_flow_args(parser, presets, argv):
         common.fail(f"--regime {args.regime} needs a predictor with parameters or a latent; a flow's velocities are refined by --regime implicit only")
     if args.state == "softmax":
         common.fail("--state softmax is for classes; a velocity has no softmax")
+    if args.residuals != "off":
+        common.fail("--residuals on: an observation is a point, and has no velocity that a prediction could miss (use --residuals off)")
     return args
 
 

@@ -40,6 +40,8 @@ def get_args(argv=None):
         common.fail(f"--state {args.state}: a node's state is its leaf logit (use --state logits)")
     if args.reading != "attention":
         common.fail(f"--reading {args.reading}: rows and nodes attend to each other, and there is no context to read (use --reading attention)")
+    if args.residuals != "off":
+        common.fail("--residuals on: a row has no target that a prediction could miss (use --residuals off)")
     if args.mask != "none":
         common.fail("--mask causal: rows and nodes are sets that attend to each other both ways (use --mask none)")
     if args.queries is not None:
@@ -260,7 +262,8 @@ class LeafPredictor(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.history, self.depth, D = args.history, args.depth, args.width
+        self.history, self.follows, self.causal = args.history, False, False
+        self.depth, D = args.depth, args.width
         self.adds, self.scale = args.update == "residual", args.state_scale
         self.initial = nn.Parameter(torch.zeros(()))  # one for all nodes, which have no names
         self.cell = nn.Sequential(nn.Linear(5 + args.history, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
@@ -276,8 +279,6 @@ class LeafPredictor(nn.Module):
 
     def update(self, past, x, y, alive, step=0):
         """The last H states (B, d) and rows x (B, N, d) of the nodes alive (B, d), after `step` mini-batches -> the next states (1, B, d)."""
-        if self.training:  # one random number of rows a step for the whole batch (sec. 11.4)
-            x = x[:, : int(common.draw_size(x.shape[1], ()))]
         B, N, d = x.shape
         inputs = [x, *linear_residual(x, alive), *kernel_residual(x, alive), *(self.scale * state[:, None].expand_as(x) for state in past)]
         h = self.cell(torch.stack(inputs, -1)).transpose(1, 2).reshape(B * d, N, -1)

@@ -24,6 +24,10 @@ def squared_error(prediction, y):
     return (prediction - y).square().sum(-1)
 
 
+def cross_entropy(logits, y):
+    return -(y.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+
+
 def identity(x):
     """The basis of a linear predictor."""
     return x
@@ -31,7 +35,7 @@ def identity(x):
 
 def settings(**changes):
     args = argparse.Namespace(
-        history=1, mask="causal", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0, init="random", reading="attention",
+        history=1, mask="causal", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0, init="random", reading="attention", residuals="off",
         width=8, depth=2, heads=2, basis="linear", hidden=6,
     )  # fmt: skip
     vars(args).update(changes)
@@ -62,6 +66,10 @@ def past_states(model, task):
     """H different states, as they are in the middle of a run."""
     first = model.initial_state(task.query_x)
     return [first + 0.3 * torch.randn_like(first) for _ in range(model.history)]
+
+
+def residuals(model, state, x, y):
+    return common.residuals(model.loss, model.predict(state[None], x)[0], y)
 
 
 def close(a, b, tolerance=1e-5):
@@ -173,10 +181,11 @@ def test_the_order_of_the_context_matters_only_under_a_causal_mask(task, regime)
 def test_without_a_mask_training_draws_one_length_for_the_whole_batch(task, regime):
     """The training pass equals evaluation on some common prefix, and all lengths occur."""
     model = make(regime, mask="none")
-    past, (x, y) = past_states(model, task), (task.context_x[0], task.context_y[0])
-    on_prefix = torch.stack([model.eval().update(past, x[:, :n], y[:, :n], task.query_x) for n in range(1, N + 1)])
+    past, (x, y) = [model.initial_state(task.query_x)], (task.context_x[0], task.context_y[0])
+    on_prefix = torch.stack([model.predict(model.eval().update(past, x[:, :n], y[:, :n], task.query_x), task.query_x) for n in range(1, N + 1)])
     model.train()
-    matches = [(model.update(past, x, y, task.query_x) - on_prefix).flatten(1).abs().amax(1) < 1e-5 for _ in range(100)]
+    first = task._replace(context_x=x[None], context_y=y[None])
+    matches = [(next(refine(model, first)) - on_prefix).flatten(1).abs().amax(1) < 1e-5 for _ in range(100)]
     matches = torch.stack(matches)
     assert (matches.sum(1) == 1).all() and matches.any(0).all()
 
@@ -339,7 +348,7 @@ def test_gradients_of_observations_equal_autograd_one_by_one(task, regime, loss)
     x, y = task.context_x[0], F.one_hot(torch.randint(Y, (B, N)), Y).float()
     state = torch.randn(B, model.theta0.numel())
     with torch.no_grad():  # as in evaluation
-        at_once = model.gradients(model.residuals(state, model.basis(x), y), model.basis(x))
+        at_once = model.gradients(residuals(model, state, x, y), model.basis(x))
     for b in range(B):
         for n in range(N):
             one = state[b].clone().requires_grad_()
@@ -357,7 +366,7 @@ def test_gradients_of_a_linear_predictor_have_their_closed_form(task, loss):
         for n in range(N):
             logits = state[b].view(Y, X) @ x[b, n]
             error = 2 * (logits - y[b, n]) if loss is squared_error else logits.exp() / logits.exp().sum() - y[b, n]
-            close(model.gradients(model.residuals(state, x, y), x)[b, n], torch.outer(error, x[b, n]).flatten())
+            close(model.gradients(residuals(model, state, x, y), x)[b, n], torch.outer(error, x[b, n]).flatten())
 
 
 @pytest.mark.parametrize("regime", ("parametric", "explicit"))
@@ -402,7 +411,7 @@ def test_gradient_descent_is_a_special_case_of_the_span(task, regime, loss, mask
     model, eta = make(regime, loss, decoder="span", mask=mask).train(), 0.3
     x, y = task.context_x[0], F.one_hot(torch.randint(Y, (B, N)), Y).float()
     past = past_states(model, task)
-    model.decoder.forward = lambda h: -eta * model.residuals(past[-1], *(a[:, : h.shape[1]] for a in (model.basis(x), y)))
+    model.decoder.forward = lambda h: -eta * residuals(model, past[-1], *(a[:, : h.shape[1]] for a in (x, y)))
     new = model.update(past, x, y, task.query_x)  # (T, B, P)
     expected = []
     for n in range(1, N + 1):
@@ -560,11 +569,12 @@ def test_no_gradient_crosses_a_step(task, case):
     """The greedy loop's gradient is the sum of K gradients of one step, each from states that are plain numbers."""
     model = make(**case).train()
     torch.manual_seed(7)
-    states, update = [model.initial_state(task.query_x)] * model.history, model.update
+    states, batches, update = [model.initial_state(task.query_x)] * model.history, [], model.update
 
-    def recorded(*given):
-        new = update(*given)
+    def recorded(past, x, y, *given):
+        new = update(past, x, y, *given)
         states.append(new[-1])
+        batches.append((x, y))  # as many observations as were drawn
         return new
 
     model.update = recorded
@@ -577,17 +587,65 @@ def test_no_gradient_crosses_a_step(task, case):
     for k in range(K):
         past = [torch.tensor(s.tolist()) for s in states[k : k + model.history]]  # numbers, without any graph
         past = past if k else [model.initial_state(task.query_x)] * model.history
-        new = model.update(past, task.context_x[k], task.context_y[k], task.query_x)
+        new = model.update(past, *batches[k], task.query_x)
         squared_error(model.predict(new, task.query_x), task.query_y).mean().backward()
         expected = [e + g for e, g in zip(expected, gradients_of(model))]
     for (name, _), g, e in zip(model.named_parameters(), greedy, expected):
         torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("regime", common.REGIMES)
-def test_memory_does_not_grow_with_the_number_of_steps(task, regime):
+@pytest.mark.parametrize("reading", ("attention", "ridge"))
+@pytest.mark.parametrize("state", ("logits", "softmax", "latent"))
+@pytest.mark.parametrize("loss", (squared_error, cross_entropy))
+def test_observations_show_the_residuals_that_they_have_as_queries(task, loss, state, reading):
+    """Each observation alone is taken through the mini-batches before its own; gradients are those of tokens made of plain numbers."""
+    model = make("implicit", loss, residuals="on", state=state, reading=reading, history=2, mask="none").eval()
+    seen = []  # mini-batches: x (B, N, X), y and residuals (B, N, 2 Y)
+
+    def predict(query_x, rows=slice(None)):
+        past = [model.initial_state(query_x)] * 2
+        for step, (x, y) in enumerate(seen):
+            past = [past[1], model.update(past, x[rows], y[rows], query_x, step)[0].detach()]
+        return model.predict(past[1][None], query_x)[0]
+
+    for prediction, x, y in zip(refine(model, task), task.context_x, task.context_y):
+        loss(prediction, task.query_y).mean().backward()
+        wrong = torch.zeros(B, N, Y)
+        for b, n in itertools.product(range(B), range(N)):
+            own = predict(x[b : b + 1, n : n + 1], slice(b, b + 1)).detach().requires_grad_()
+            (wrong[b, n],) = torch.autograd.grad(loss(own, y[b : b + 1, n : n + 1]).sum(), own)[0][0]
+        seen.append((x, torch.cat([y, wrong], -1)))
+        close(prediction[0], predict(task.query_x), 1e-4)
+    greedy = gradients_of(model)
+
+    past, expected = [model.initial_state(task.query_x)] * 2, [torch.zeros_like(g) for g in greedy]
+    for step, (x, y) in enumerate(seen):
+        new = model.update(past, x, y, task.query_x, step)
+        loss(model.predict(new, task.query_x), task.query_y).mean().backward()
+        past, expected = [past[1].detach(), new[0].detach()], [e + g for e, g in zip(expected, gradients_of(model))]
+    for g, e in zip(greedy, expected):
+        torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-4)
+
+
+def test_observations_are_followed_as_the_queries_are(task):
+    """In training, too, the residual is that of the prediction which a query at the same x has: sizes are drawn once for both."""
+    model, seen = make("implicit", residuals="on", mask="none").train(), []
+    update = model.update
+    model.update = lambda past, x, y, *given: seen.append(y) or update(past, x, y, *given)
+    sizes = set()
+    for _ in range(20):
+        seen.clear()
+        *_, before, _ = refine(model, task._replace(query_x=task.context_x[-1]))
+        last = seen[-1]  # (B, n, 2 Y)
+        sizes.add(last.shape[1])
+        close(last[..., Y:], 2 * (before[0] - task.context_y[-1])[:, : last.shape[1]], 1e-4)
+    assert len(sizes) > 2
+
+
+@pytest.mark.parametrize("regime,more", [*((regime, {}) for regime in common.REGIMES), ("implicit", dict(residuals="on"))])
+def test_memory_does_not_grow_with_the_number_of_steps(task, regime, more):
     """Counts the tensors that autograd holds for a backward pass when each step yields."""
-    model = make(regime, history=2).train()
+    model = make(regime, history=2, **more).train()
     alive, counts = weakref.WeakSet(), []
 
     class Saved:
@@ -603,10 +661,10 @@ def test_memory_does_not_grow_with_the_number_of_steps(task, regime):
     assert counts[0] > 0 and max(counts[1:]) <= counts[0]
 
 
-@pytest.mark.parametrize("regime", common.REGIMES)
-def test_each_step_reads_its_own_mini_batch_and_the_state_before(task, regime):
+@pytest.mark.parametrize("regime,more", [*((regime, {}) for regime in common.REGIMES), ("implicit", dict(residuals="on"))])
+def test_each_step_reads_its_own_mini_batch_and_the_state_before(task, regime, more):
     """Changing mini-batch k leaves the predictions before it alone and changes those from k on: the state carries it."""
-    model = make(regime).eval()
+    model = make(regime, **more).eval()
     before = torch.stack(list(refine(model, task)))
     changed = task.context_y.clone()
     changed[2] += 1
@@ -615,7 +673,7 @@ def test_each_step_reads_its_own_mini_batch_and_the_state_before(task, regime):
     assert (moved[:2] == 0).all() and (moved[2:] > 1e-6).all()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.parametrize("case", [*CASES, dict(regime="implicit", residuals="on")], ids=lambda case: "-".join(map(str, case.values())))
 def test_every_parameter_learns_and_the_initial_state_with_them(task, case):
     model = make(**case).train()
     for prediction in refine(model, task):

@@ -146,7 +146,8 @@ def test_cost_of_steps_beside_one_on_all(script, finished, monkeypatch, capsys):
     assert steps["mean"] == pytest.approx([evaluated["mean"][k] for k in (1, 2, 4)]), "the evaluation's own tasks"
     assert vote["mean"][0] == pytest.approx(steps["mean"][0]) == one["mean"][0]
     assert script == "mnist" or one["mean"][1:] != steps["mean"][1:], "errors of few answers may agree"
-    assert one["MB"][2] > 1.5 * one["MB"][0] and max(steps["MB"][2] / steps["MB"][0], vote["MB"][2] / vote["MB"][0]) < 1.4
+    assert one["MB"][2] > 1.5 * one["MB"][0] and vote["MB"][2] < 1.4 * vote["MB"][0]
+    assert script == "mnist" or steps["MB"][2] < 1.4 * steps["MB"][0], "residuals (mnist) take predictions for all observations to come"
     for row in (steps, vote, one):
         for key in ("ms", "MB"):
             assert row[f"{key}^"] == pytest.approx(np.polyfit(np.log([1, 2, 4]), np.log(row[key]), 1)[0], abs=1e-3)

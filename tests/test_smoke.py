@@ -32,6 +32,8 @@ VARIANTS = [
     "--regime implicit --mask causal --attention linear",
     *(f"--regime implicit --mask {mask} --attention {attention} --reading ridge --dtype bfloat16" for mask in ("causal", "none") for attention in ("softmax", "linear")),
     "--regime implicit --clock steps",
+    *(f"--regime implicit --residuals on --mask {mask} --history 2 --dtype bfloat16" for mask in ("causal", "none")),
+    "--regime implicit --residuals on --state latent",
     "--regime explicit --clock steps",
     "--regime explicit --decoder linear --update direct",
 ]

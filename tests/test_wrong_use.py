@@ -75,6 +75,7 @@ FLAGS = [  # flags, what the line must name
     ("--regime parametric --state-scale 0.5", "--state-scale"),
     ("--regime explicit --init rotation", "--init"),
     ("--regime parametric --reading ridge", "--reading"),
+    ("--regime explicit --residuals on", "--residuals"),
     ("--reading aloud", "--reading"),
     ("--regime implicit --state-scale -1", "--state-scale"),
     ("--regime explicit --state latent", "--state"),
