@@ -70,18 +70,19 @@ def mini_batches(model, task):
     observations. In the implicit regime only queries have predictions: so each observation is one, in all mini-batches
     before its own. It meets them as the task's queries do, at the same sizes, for its residual tells how far these have come.
     """
-    if model.follows:
-        later = task.context_x.transpose(0, 1).flatten(1, 2)  # the observations to come (B, K N, X)
-        past = [model.initial_state(later)] * model.history
-    for step, (x, y) in enumerate(zip(task.context_x, task.context_y)):
-        N = x.shape[1]
-        n = int(draw_size(N, ())) if model.training and not model.causal else N
-        x, y = x[:, :n], y[:, :n]
-        if model.follows:
-            own, past, later = past[-1][:, :n], [state[:, N:] for state in past], later[:, N:]
-            y = torch.cat([y, residuals(model.loss, model.predict(own, x), y)], -1)
+    K, _, N, _ = task.context_x.shape
+    sizes = [int(draw_size(N, ())) for _ in range(K)] if model.training and not model.causal else [N] * K
+    batches = [(x[:, :n], y[:, :n]) for x, y, n in zip(task.context_x, task.context_y, sizes)]
+    if not model.follows:
+        yield from batches
+        return
+    later = torch.cat([x for x, _ in batches], 1)  # the observations to come, and H past states of theirs
+    past = [model.initial_state(later)] * model.history
+    for step, ((x, y), n) in enumerate(zip(batches, sizes)):
+        own, later, past = past[-1][:, :n], later[:, n:], [state[:, n:] for state in past]
+        y = torch.cat([y, residuals(model.loss, model.predict(own, x), y)], -1)
         yield x, y
-        if model.follows and later.shape[1]:
+        if later.shape[1]:
             past = [*past[1:], model.update(past, x, y, later, step)[-1]]
 
 

@@ -80,6 +80,7 @@ GROUPS = {
     "MNIST: decoder (explicit)": (MNIST + " --regime explicit", {"solve": "", "span": "--decoder span"}),
     "MNIST: basis (explicit)": (MNIST + " --regime explicit", {"fourier": "", "linear": "--basis linear --hidden 100"}),
     "MNIST: encoder, keys and queries start as (implicit)": (MNIST, {"rotations": "", "random": "--init random"}),
+    "MNIST: residuals (implicit)": (MNIST, {"on": "", "off": "--residuals off"}),
     "MNIST: reading (implicit)": (MNIST, {"ridge": "", "attention": "--reading attention"}),
     "MNIST: output (implicit)": (MNIST, {"a change": "", "the next state": "--update direct"}),
     "MNIST: state that a query sees (implicit)": (MNIST, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),

@@ -72,16 +72,14 @@ def minutes(results):
 
 
 def command(results):
-    """As it would be given today. Older implicit models of MNIST read by attention, those of images saw their whole state and began with random keys, regression had no clock, others moved in the span."""
+    """As it would be given today. Older implicit models of images saw their whole state, began with random keys, read by attention or had no residuals; regression had no clock, others moved in the span."""
     text, edited, _ = re.sub(" --(data-dir|out|repeats) [^ ]+| --overwrite", "", results["command"]).partition(", edited")
     args, script = results.get("args", {}), text.split()[1]
     implicit = args.get("regime", "implicit") == "implicit"
-    if implicit and script in ("mnist.py", "imagenet.py") and "state_scale" not in args:
-        text += " --state-scale 1"
-    if implicit and script in ("mnist.py", "imagenet.py") and "init" not in args:
-        text += " --init random"
-    if implicit and script == "mnist.py" and "reading" not in args:
-        text += " --reading attention"
+    for flag, value in (("state_scale", "1"), ("init", "random"), ("reading", "attention"), ("residuals", "off")):
+        scripts = ("mnist.py", "imagenet.py") if flag in ("state_scale", "init") else ("mnist.py",)
+        if implicit and script in scripts and flag not in args:
+            text += f" --{flag.replace('_', '-')} {value}"
     if not implicit and args["decoder"] == "span" and "--decoder" not in text:
         text += " --decoder span"
     if script == "linreg.py" and args.get("clock", "none") == "none" and "--clock" not in text:
@@ -126,9 +124,9 @@ def linreg():
 def paper():
     """Tasks of the paper's dimensions and mini-batches, models of laptop size; beside them its own errors (tables 2 to 4, rows "data")."""
     quoted = {
-        "paper-linreg": ("16.3 / 0.5 / 0.3",), "paper-linreg-explicit": ("19.7 / 2.6 / 2.4",), **dict.fromkeys(("paper-linreg-implicit", "paper-linreg-implicit-attention"), ("14.8 / 6.2 / 4.7",)),
+        "paper-linreg": ("16.3 / 0.5 / 0.3",), "paper-linreg-explicit": ("19.7 / 2.6 / 2.4",), **dict.fromkeys(("paper-linreg-implicit", "paper-linreg-implicit-ridge", "paper-linreg-implicit-attention"), ("14.8 / 6.2 / 4.7",)),
         "paper-mnist-parametric": ("43.9 / 35.5 / 36.6", "40.5 / 34.3 / 35.3"), "paper-mnist-explicit": ("89.2 / 88.7 / 88.8", "90.0 / 90.0 / 90.0"),
-        **dict.fromkeys(("paper-mnist", "paper-mnist-attention"), ("24.9 / 12.4 / 9.7", "31.9 / 26.1 / 24.2")),
+        **dict.fromkeys(("paper-mnist", "paper-mnist-ridge", "paper-mnist-attention"), ("24.9 / 12.4 / 9.7", "31.9 / 26.1 / 24.2")),
     }  # fmt: skip
     rows = []
     for name, errors in quoted.items():
@@ -162,9 +160,9 @@ def lengths():
         "parametric regression, no clock": ("linreg-noclock", "linreg-k10-noclock"),
         "implicit regression": ("linreg-icl", "linreg-implicit", "linreg-implicit-k10"),
         "implicit regression, no clock": ("linreg-implicit-noclock", "linreg-implicit-k10-noclock"),
-        "implicit MNIST, error %": ("mnist-icl", "mnist", "mnist-k10"),
-        "the same, by attention, from random weights": ("mnist-icl-random", "mnist-random", "mnist-k10-random"),
-        "the same, state seen whole": ("mnist-loud-icl", "mnist-loud", "mnist-loud-k10"),
+        "implicit MNIST, error %": ("mnist", "mnist-k10"),
+        "the same, no residuals": ("mnist-icl", "mnist-ridge", "mnist-k10-ridge"),
+        "the same, by attention, from random weights, state seen whole": ("mnist-loud-icl", "mnist-loud", "mnist-loud-k10"),
     }
     rows = []
     for label, names in files.items():
@@ -238,13 +236,13 @@ def errors(files):
 def mnist():
     parametric = "43.9 / 35.5", "40.5 / 34.3"
     return errors({
-        **dict.fromkeys(("mnist", "mnist-attention", "mnist-random"), ("24.9 / 12.4", "31.9 / 26.1")), "mnist-parametric": parametric, "mnist-span": parametric, "mnist-explicit": ("89.2 / 88.7", "90.0 / 90.0"),
+        **dict.fromkeys(("mnist", "mnist-ridge", "mnist-attention", "mnist-random"), ("24.9 / 12.4", "31.9 / 26.1")), "mnist-parametric": parametric, "mnist-span": parametric, "mnist-explicit": ("89.2 / 88.7", "90.0 / 90.0"),
     })  # fmt: skip
 
 
 def fmnist():
     """The other direction: trained on FashionMNIST."""
-    implicit = dict.fromkeys(("fmnist", "fmnist-attention"), ("22.8 / 18.8", "29.1 / 16.9"))
+    implicit = dict.fromkeys(("fmnist", "fmnist-ridge", "fmnist-attention"), ("22.8 / 18.8", "29.1 / 16.9"))
     return errors(implicit | {"fmnist-parametric": ("35.9 / 30.8", "38.8 / 31.3"), "fmnist-explicit": ("90.0 / 90.0", "90.3 / 90.2")})
 
 
