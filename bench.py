@@ -6,9 +6,9 @@
 
 A turn runs the script's own `train` for about half a second, on the same tasks as the other turns; all of it but the journal
 is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. Linreg has softmax attention,
-and implicit models have --reading attention: PyTorch's encoder has nothing else. These have --residuals off, too, as the
-paper's. All mini-batches are seen whole, the most that a step may draw in training with --mask none: so every step is the
-same work. The columns:
+and implicit models have --reading attention: PyTorch's encoder has nothing else. These have --residuals off, with which a
+step's work does not depend on how many are to come; and all mini-batches are seen whole, the most that a step may draw in
+training with --mask none: so every step is the same work. The columns:
 
     ms          one training step: sampling, K refinement steps forward and backward, clipping, AdamW; median of the turns
     sampling    the part of it that draws the tasks, measured alone
@@ -71,8 +71,8 @@ def get_jobs(args):
     if not pairs:
         common.fail(f"--regimes {' '.join(args.regimes)}: {' and '.join(args.scripts)} can only do implicit")
     jobs = [(script, reports.read_flags(script, *SCRIPTS[script], *(IMPLICIT if regime == "implicit" else ()), *args.more, f"--regime={regime}")) for script, regime in pairs]
-    if any(job.attention != "softmax" or job.regime == "implicit" and job.reading != "attention" for _, job in jobs):
-        common.fail("PyTorch's encoder has softmax attention and nothing else to compare with: drop --attention and --reading")
+    if any(job.attention != "softmax" or job.regime == "implicit" and (job.reading, job.residuals) != ("attention", "off") for _, job in jobs):
+        common.fail("PyTorch's encoder has softmax attention, and all steps have to be the same work: drop --attention, --reading and --residuals")
     return jobs
 
 
@@ -192,7 +192,8 @@ def record_parts(steps, model, device):
     kinds = {nn.Linear: "linear layers", nn.LayerNorm: "norms", nn.GELU: "GELU"}
     places = [(kinds[type(module)], module, "forward") for module in model.modules() if type(module) in kinds]
     places += [("attention", block, "attend") for block in model.transformer.blocks]
-    places += [("the regime", model, name) for name in ("predict", "gradients", "residuals", "pull_back") if hasattr(model, name)]
+    places += [("the regime", model, name) for name in ("predict", "apply_to", "gradients", "pull_back") if hasattr(model, name)]
+    places.append(("the regime", common, "residuals"))
     with contextlib.ExitStack() as patches:
         for part, owner, name in places:
             patches.enter_context(mock.patch.object(owner, name, recorder(part, getattr(owner, name))))

@@ -66,23 +66,26 @@ def refine(model, task):
 def mini_batches(model, task):
     """The mini-batches of `task` one by one, x (B, n, X) and y (B, n, Y): of all N observations or, in training without a mask, one random size for all tasks (sec. 11.4).
 
-    With `--residuals on` y is (B, n, 2 Y), followed by the residuals of what the model predicts before it sees these
-    observations. In the implicit regime only queries have predictions: so each observation is one, in all mini-batches
-    before its own. It meets them as the task's queries do, at the same sizes, for its residual tells how far these have come.
+    With `--residuals on` y is (B, n, 2 Y): the targets, then the residuals of the observations' own predictions. In the
+    implicit regime only queries have any. So each observation is a query of all mini-batches before its own, and meets them
+    as the task's queries do, at the same sizes: its residual tells how far these have come. Keeping earlier mini-batches, on
+    a stream, would give the same numbers; here all observations to come are refined together.
     """
     K, _, N, _ = task.context_x.shape
     sizes = [int(draw_size(N, ())) for _ in range(K)] if model.training and not model.causal else [N] * K
     batches = [(x[:, :n], y[:, :n]) for x, y, n in zip(task.context_x, task.context_y, sizes)]
-    if not model.follows:
+    if not model.shows_residuals:
         yield from batches
         return
-    later = torch.cat([x for x, _ in batches], 1)  # the observations to come, and H past states of theirs
+    later = torch.cat([x for x, _ in batches], 1)  # the observations to come (B, their number, X)
     past = [model.initial_state(later)] * model.history
-    for step, ((x, y), n) in enumerate(zip(batches, sizes)):
-        own, later, past = past[-1][:, :n], later[:, n:], [state[:, n:] for state in past]
-        y = torch.cat([y, residuals(model.loss, model.predict(own, x), y)], -1)
+    for step, (x, y) in enumerate(batches):
+        n = x.shape[1]
+        wrong = residuals(model.loss, model.predict(past[-1][None, :, :n], x)[0], y)
+        y = torch.cat([y, wrong], -1)
         yield x, y
-        if later.shape[1]:
+        later, past = later[:, n:], [state[:, n:] for state in past]
+        if step < K - 1:
             past = [*past[1:], model.update(past, x, y, later, step)[-1]]
 
 
@@ -268,10 +271,12 @@ class Parametric(nn.Module):
     loss(prediction, y) -> (...), one number per observation, is the loss whose gradients the model sees.
     """
 
+    shows_residuals = False  # not by way of `mini_batches`: with weights they are at hand
+
     def __init__(self, args, x_dim, y_dim, loss, basis):
         super().__init__()
         self.loss, self.basis, self.y_dim = loss, basis, y_dim
-        self.history, self.follows, self.causal = args.history, False, args.mask == "causal"
+        self.history, self.causal = args.history, args.mask == "causal"
         self.span, self.solve, self.direct = args.decoder != "linear", args.decoder == "solve", args.update == "direct"
         D, P = args.width, basis(torch.zeros(x_dim)).shape[-1] * y_dim
         self.theta0 = nn.Parameter(torch.zeros(P))
@@ -302,9 +307,9 @@ class Parametric(nn.Module):
         weights = states.unflatten(-1, (self.y_dim, -1)).transpose(0, 1).flatten(1, 2)  # (B, T Y, F)
         return (weights @ phi.mT).unflatten(1, (len(states), -1)).transpose(0, 1).mT
 
-    def gradients(self, residuals, phi):
+    def gradients(self, wrong, phi):
         """Gradient of each observation's loss at the state, by the chain rule: (B, N, Y) and (B, N, F) -> (B, N, P)."""
-        return (residuals[..., None] * phi[..., None, :]).flatten(2)
+        return (wrong[..., None] * phi[..., None, :]).flatten(2)
 
     def pull_back(self, phi, wanted):
         """What tokens want of the predictions on phi = basis(x) (B, N, F), as a change of the weights, for each prefix -> (T, B, P).
@@ -396,17 +401,16 @@ class Implicit(nn.Module):
     def __init__(self, args, x_dim, y_dim, loss=None, basis=None):
         super().__init__()
         self.loss, self.kind = loss, args.state
-        self.history, self.follows, self.causal = args.history, args.residuals == "on", args.mask == "causal"
+        self.history, self.shows_residuals, self.causal = args.history, args.residuals == "on", args.mask == "causal"
         # Logits outgrow the one-hot labels that share their encoder: a query is shown --state-scale of them.
         self.adds, self.scale = args.update == "residual", args.state_scale
         D, P = args.width, (args.width if args.state == "latent" else y_dim)
         self.initial = nn.Parameter(torch.zeros(P))
-        self.blank = y_dim if self.follows else 0  # numbers in an observation's residual, in whose place a query has zeros
-        self.observation = nn.Linear(x_dim + y_dim + self.blank, D)
+        self.observation = nn.Linear(x_dim + (2 if self.shows_residuals else 1) * y_dim, D)
         if args.init == "rotation":  # tokens start as much alike as their inputs are
             nn.init.orthogonal_(self.observation.weight)
         # Queries share the encoder of the observations [x, y]; a latent is no y and gets its own (sec. 11.1).
-        self.query = nn.Linear(x_dim + D + self.blank, D) if args.state == "latent" else self.observation
+        self.query = nn.Linear(x_dim + D, D) if args.state == "latent" else self.observation
         self.query_embedding = nn.Parameter(0.02 * torch.randn(D))
         self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
         self.older = nn.Linear((self.history - 1) * P, D) if self.history > 1 else None
@@ -436,7 +440,8 @@ class Implicit(nn.Module):
     def read(self, past, memories, query_x, visible=None, step=0):
         """`update` from the keys and values of an encoded mini-batch; of these each query sees what `visible` (B, 1, Q, N) says."""
         state = past[-1].softmax(-1) if self.kind == "softmax" else past[-1]
-        shown = F.pad(torch.cat([query_x, self.scale * state], -1), (0, self.blank))
+        shown = torch.cat([query_x, self.scale * state], -1)
+        shown = F.pad(shown, (0, self.query.in_features - shown.shape[-1]))  # zeros in place of an observation's residual
         tokens = self.query(shown) + self.query_embedding  # (B, Q, D)
         if self.older is not None:
             tokens = tokens + self.older(self.scale * torch.cat(past[:-1], -1))
@@ -486,7 +491,7 @@ def run(main):
     except (MemoryError, RuntimeError) as problem:
         if isinstance(problem, RuntimeError) and "allocate" not in str(problem):
             raise
-        fail("not enough memory for this: fewer --tasks, --context or --queries, or a smaller --width, need less")
+        fail("not enough memory for this: fewer --tasks, --steps, --context or --queries, or a smaller --width, need less")
 
 
 # ---------------------------------------------------------------- several ranks
@@ -696,7 +701,7 @@ def check(args, given):
         (args.tasks % RANKS, f"--tasks {args.tasks} is not divisible by the {RANKS} ranks that share them"),
         (args.hidden % args.latent_tokens, f"--hidden {args.hidden} is not divisible by --latent-tokens {args.latent_tokens}"),
         (args.latent_tokens > 1 and not slots, "--latent-tokens above 1 needs --regime explicit --decoder linear --mask none"),
-        (implicit and args.signal != "data", f"--signal {args.signal}: --regime implicit has no parameters to take gradients of (use --signal data, or --residuals on)"),
+        (implicit and args.signal != "data", f"--signal {args.signal}: --regime implicit has no parameters to take gradients of (use --signal data)"),
         (args.update == "direct" and not implicit and not linear, "--update direct needs --decoder linear: the span of the data holds changes only"),
     )
     for wrong, reason in refusals:

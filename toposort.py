@@ -260,10 +260,11 @@ class LeafPredictor(nn.Module):
     attend to each other. Nothing tells rows or nodes apart but their values. With one step the state is a constant input.
     """
 
+    causal = shows_residuals = False  # what `refine` asks
+
     def __init__(self, args):
         super().__init__()
-        self.history, self.follows, self.causal = args.history, False, False
-        self.depth, D = args.depth, args.width
+        self.history, self.depth, D = args.history, args.depth, args.width
         self.adds, self.scale = args.update == "residual", args.state_scale
         self.initial = nn.Parameter(torch.zeros(()))  # one for all nodes, which have no names
         self.cell = nn.Sequential(nn.Linear(5 + args.history, 2 * D), nn.GELU(), nn.Linear(2 * D, D))

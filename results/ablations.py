@@ -28,6 +28,7 @@ SEEDS = (0, 1, 2)
 SHORT = "linreg.py --dim 8 --context 15 --iters 500"
 LINREG = SHORT + " --clock none"
 MNIST = "mnist.py --dim 50 --iters 300"
+IMPLICIT = MNIST + " --residuals off"
 
 # The edits: (file, what stands there, what is put in its place).
 EDITS = {
@@ -79,15 +80,15 @@ GROUPS = {
     "MNIST: decoder (parametric)": (MNIST + " --regime parametric", {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
     "MNIST: decoder (explicit)": (MNIST + " --regime explicit", {"solve": "", "span": "--decoder span"}),
     "MNIST: basis (explicit)": (MNIST + " --regime explicit", {"fourier": "", "linear": "--basis linear --hidden 100"}),
-    "MNIST: encoder, keys and queries start as (implicit)": (MNIST, {"rotations": "", "random": "--init random"}),
-    "MNIST: residuals (implicit)": (MNIST, {"on": "", "off": "--residuals off"}),
-    "MNIST: reading (implicit)": (MNIST, {"ridge": "", "attention": "--reading attention"}),
-    "MNIST: output (implicit)": (MNIST, {"a change": "", "the next state": "--update direct"}),
-    "MNIST: state that a query sees (implicit)": (MNIST, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),
+    "MNIST: encoder, keys and queries start as (implicit)": (IMPLICIT, {"rotations": "", "random": "--init random"}),
+    "MNIST: residuals (implicit)": (MNIST, {"on": "--residuals on", "off": "--residuals off"}),
+    "MNIST: reading (implicit)": (IMPLICIT, {"ridge": "", "attention": "--reading attention"}),
+    "MNIST: output (implicit)": (IMPLICIT, {"a change": "", "the next state": "--update direct"}),
+    "MNIST: state that a query sees (implicit)": (IMPLICIT, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),
     "dtype (parametric)": (LINREG, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
-    "MNIST: clock (implicit)": (MNIST, {"none": "", "steps": "--clock steps"}),
-    "MNIST: dtype (implicit)": (MNIST, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
-    "MNIST: state (implicit)": (MNIST, {"logits": "", "softmax": "--state softmax", "latent": "--state latent"}),
+    "MNIST: clock (implicit)": (IMPLICIT, {"none": "", "steps": "--clock steps"}),
+    "MNIST: dtype (implicit)": (IMPLICIT, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
+    "MNIST: state (implicit)": (IMPLICIT, {"logits": "", "softmax": "--state softmax", "latent": "--state latent"}),
     "exercise 1: steps in training (parametric)": (LINREG, {"5": "", "1": "--steps 1 --eval-steps 10"}),
     "exercise 5: detached (parametric)": (LINREG, {"every step": "", "every other step": "two-steps"}),
     "exercise 6: a loss before any data (parametric)": (LINREG, {"no": "", "yes": "step-0"}),

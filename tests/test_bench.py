@@ -47,6 +47,13 @@ def test_the_yardstick_does_the_same_maths(task, regime, mask):  # noqa: F811
         close(ours, theirs, 1e-4)
 
 
+def test_what_the_regime_does_is_recorded(task):  # noqa: F811
+    model = make("parametric", decoder="solve", signal="both")
+    parts = bench.record_parts(lambda: list(common.refine(model, task)), model, torch.device("cpu"))
+    names = [call.__name__ for call, _, _ in parts["the regime"]]
+    assert {name: names.count(name) for name in names} == dict.fromkeys(("apply_to", "residuals", "gradients", "pull_back", "predict"), K)
+
+
 def test_products_are_counted_as_by_hand():
     """Implicit regression: every weight costs a product forward and two backward, but for inputs that need no gradient."""
     flags = "--dim 3 --context 5 --queries 4 --tasks 2 --width 8 --depth 2 --steps 3 --device cpu".split()
@@ -156,8 +163,9 @@ WRONG = [  # flags, what the line must name
     ("--out here/there.json", "here"),
     ("--out folder --overwrite", "folder is not to be replaced"),
     ("--out=", "--out"),
-    ("--scripts mnist --regimes implicit --reading ridge", "drop --attention and --reading"),
-    ("--attention linear", "drop --attention and --reading"),
+    ("--scripts mnist --regimes implicit --reading ridge", "drop --attention, --reading"),
+    ("--scripts mnist --regimes implicit --residuals on", "and --residuals"),
+    ("--attention linear", "drop --attention, --reading"),
     ("stray", "stray"),
 ]
 

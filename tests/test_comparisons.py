@@ -157,7 +157,7 @@ def test_a_vote_is_the_mean_of_one_step_answers():
     """Against a model whose answer is the mean of the mini-batch's labels plus the state that it is handed: the vote has no state."""
 
     class Mean(torch.nn.Module):
-        history, causal, follows = 1, True, False
+        history, causal, shows_residuals = 1, True, False
         initial_state = lambda self, query_x: torch.zeros(*query_x.shape[:2], 3)
         update = lambda self, past, x, y, query_x, step: (past[-1] + y.mean(1, keepdim=True))[None]
         predict = lambda self, states, query_x: states

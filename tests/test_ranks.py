@@ -21,6 +21,8 @@ RUNS = [
     ("linreg", "--regime explicit --decoder linear"),
     ("linreg", "--regime implicit --mask causal"),
     ("mnist", "--regime parametric"),
+    ("mnist", "--residuals on"),
+    ("mnist", "--residuals on --mask causal"),
     ("imagenet", "--regime implicit --mask causal"),
     ("toposort", "--eval-nodes 4 --eval-tasks 2"),
     ("mog_flow", FLOW),
