@@ -1,6 +1,7 @@
 """Iterative amortized inference (Mittal et al., 2025): what all six scripts share.
 
-Read in this order: `refine`, the greedy loop; `Parametric`, `Explicit`, `Implicit`, the three regimes; `Transformer`.
+Read in this order: `refine`, the greedy loop, and `mini_batches`, what it is fed; `Parametric`, `Explicit`, `Implicit`,
+the three regimes; `Transformer`.
 The second half (flags, files, evaluation, plots) is plumbing and knows nothing of the method.
 
 Shapes: B tasks, K steps (one mini-batch each), N observations in a mini-batch (the context), Q queries, D width,
@@ -64,7 +65,9 @@ def refine(model, task):
 
 @torch.no_grad()
 def mini_batches(model, task):
-    """The mini-batches of `task` one by one, x (B, n, X) and y (B, n, Y): of all N observations or, in training without a mask, one random size for all tasks (sec. 11.4).
+    """The mini-batches of `task` one by one, x (B, n, X) and y (B, n, Y).
+
+    They hold all N observations or, in training without a mask, as many as are drawn for the whole batch (sec. 11.4).
 
     With `--residuals on` y is (B, n, 2 Y): the targets, then the residuals of the observations' own predictions. In the
     implicit regime only queries have any. So each observation is a query of all mini-batches before its own, and meets them

@@ -620,6 +620,17 @@ def test_observations_show_the_residuals_that_they_have_as_queries(task, loss, s
         torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-4)
 
 
+def test_a_query_shows_no_residual(task):
+    """The encoder's columns for residuals make no difference to what a query reads from the same keys and values."""
+    model = make("implicit", residuals="on").eval()
+    past, x = past_states(model, task), task.context_x[0]
+    memories = model.encode(x, torch.randn(B, N, 2 * Y))
+    before = model.read(past, memories, task.query_x)
+    with torch.no_grad():
+        model.observation.weight[:, -Y:] += 1
+    assert torch.equal(model.read(past, memories, task.query_x), before)
+
+
 def test_observations_are_followed_as_the_queries_are(task):
     """In training, too, the residual is that of the prediction which a query at the same x has: sizes are drawn once for both."""
     model, seen = make("implicit", residuals="on", mask="none").train(), []
