@@ -30,7 +30,7 @@ UNIT = 1.5  # models see points divided by this, so that data and the noise that
 
 def get_args(argv=None):
     parser = common.make_parser("alphabets", __doc__)
-    parser.set_defaults(regime="implicit", steps=5, context=50, queries=64, tasks=16, iters=6000, lr=3e-3, eval_tasks=100)
+    parser.set_defaults(regime="implicit", steps=5, context=50, queries=64, tasks=16, iters=6000, lr=3e-3, decoder="linear", eval_tasks=100)
     return mog_flow.parse_flow_args(parser, PRESETS, argv)
 
 

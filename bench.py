@@ -49,7 +49,7 @@ from torch.utils.flop_counter import flop_registry
 
 # The scripts, with the flags by which they need no files and have the attention of the yardstick; and those of implicit models.
 SCRIPTS = {"linreg": ["--attention=softmax"], "mnist": ["--dataset=glyphs"], "imagenet": ["--features=synthetic"], "mog_flow": []}
-IMPLICIT = ["--reading=attention", "--residuals=off"]
+IMPLICIT = ["--decoder=linear"]
 TURN, MOST = 0.5, 20  # a turn is this many seconds of steps, but at most so many steps
 KS = range(1, 11)
 
@@ -71,8 +71,8 @@ def get_jobs(args):
     if not pairs:
         common.fail(f"--regimes {' '.join(args.regimes)}: {' and '.join(args.scripts)} can only do implicit")
     jobs = [(script, reports.read_flags(script, *SCRIPTS[script], *(IMPLICIT if regime == "implicit" else ()), *args.more, f"--regime={regime}")) for script, regime in pairs]
-    if any(job.attention != "softmax" or job.regime == "implicit" and (job.reading, job.residuals) != ("attention", "off") for _, job in jobs):
-        common.fail("PyTorch's encoder has softmax attention, and all steps have to be the same work: drop --attention, --reading and --residuals")
+    if any(job.attention != "softmax" or job.regime == "implicit" and job.decoder != "linear" for _, job in jobs):
+        common.fail("PyTorch's encoder has softmax attention, and all steps of implicit models have to be the same work: drop --attention and --decoder solve")
     return jobs
 
 
@@ -94,7 +94,7 @@ class Stock(common.Transformer):
             return self.norm(self.encoder(x, hidden, is_causal=causal).float())  # told so, PyTorch takes its causal kernel
 
     def encode(self, x, causal):
-        return x, causal  # all is done in `read`
+        return (x, causal), None  # all is done in `read`
 
     def read(self, x, memories, visible=None):
         (context, causal), Q = memories, x.shape[1]

@@ -69,10 +69,10 @@ def mini_batches(model, task):
 
     They hold all N observations or, in training without a mask, as many as are drawn for the whole batch (sec. 11.4).
 
-    With `--residuals on` y is (B, n, 2 Y): the targets, then the residuals of the observations' own predictions. In the
-    implicit regime only queries have any. So each observation is a query of all mini-batches before its own, and meets them
-    as the task's queries do, at the same sizes: its residual tells how far these have come. Keeping earlier mini-batches, on
-    a stream, would give the same numbers; here all observations to come are refined together.
+    For implicit models with `--decoder solve` y is (B, n, 2 Y): the targets, then the residuals of the observations' own
+    predictions. In this regime only queries have any. So each observation is a query of all mini-batches before its own, and
+    meets them as the task's queries do, at the same sizes: its residual tells how far these have come. Keeping earlier
+    mini-batches, on a stream, would give the same numbers; here all observations to come are refined together.
     """
     K, _, N, _ = task.context_x.shape
     sizes = [int(draw_size(N, ())) for _ in range(K)] if model.training and not model.causal else [N] * K
@@ -147,47 +147,13 @@ def linear_attention(q, k, v, visible=None, causal=False):
     return (scores * visible) @ v / visible.sum(-1, keepdim=True)
 
 
-def gaussian_kernel(a, b):
-    """exp(-|a - b|^2 / C) of all pairs, a (..., S, C) and b (..., N, C) -> (..., S, N).
-
-    Softmax attention's exp(a . b / sqrt(C)), divided by its value at a = b, is a Gaussian, too, but a narrower one.
-    """
-    return ((2 * a @ b.mT - a.square().sum(-1)[..., None] - b.square().sum(-1)[..., None, :]) / a.shape[-1]).exp()
-
-
-def linear_kernel(a, b):
-    """a . b / C of all pairs: linear attention's kernel."""
-    return a @ b.mT / a.shape[-1]
-
-
-def ridge_attention(q, k, v, kernel, ridge, visible=None):
-    """Kernel ridge regression of v on k at q: kernel(q, k) (kernel(k, k) + ridge I)^-1 v over the visible tokens; ridge (heads, 1, 1).
-
-    Attention averages the values of similar tokens (a kernel smoother); this also accounts for how similar these are to each
-    other. With the linear kernel it is the mesa layer (von Oswald et al., 2023b). Shapes as in `softmax_attention`; solved in float32.
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        q, k = q.float(), k.float()
-        weights, system, noise = kernel(q, k), kernel(k, k), ridge * torch.eye(k.shape[-2], device=k.device)
-        if visible is None:
-            weights = torch.linalg.solve_ex(system + noise, weights.mT)[0].mT
-        else:  # a system for each query (B, heads, S, N, N), in which tokens that it does not see stand alone
-            system = system[:, :, None] * visible[..., None] * visible[..., None, :]
-            weights = torch.linalg.solve_ex(system + noise[:, None], (weights * visible)[..., None])[0][..., 0]
-    return weights.to(v.dtype) @ v
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block: `nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0, activation="gelu", norm_first=True)` in the open.
+    """Pre-norm transformer block: `nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0, activation="gelu", norm_first=True)` in the open."""
 
-    With reading="ridge" a memory is read by ridge regression in place of attention.
-    """
-
-    def __init__(self, width, heads, attention="softmax", reading="attention"):
+    def __init__(self, width, heads, attention="softmax"):
         super().__init__()
         self.heads = heads
-        self.attend, self.kernel = (linear_attention, linear_kernel) if attention == "linear" else (softmax_attention, gaussian_kernel)
-        self.log_ridge = nn.Parameter(torch.full((heads, 1, 1), math.log(0.1))) if reading == "ridge" else None
+        self.attend = linear_attention if attention == "linear" else softmax_attention
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
@@ -208,12 +174,8 @@ class Block(nn.Module):
         """
         h = self.norm1(x)
         q = self.split(self.query(h))
-        if memory and self.log_ridge is not None:
-            ridge = self.log_ridge.exp() + 1e-3  # with less, float32 could not solve
-            a = ridge_attention(q, *memory, self.kernel, ridge, visible)
-        else:
-            memory = memory or self.memory(h)
-            a = self.attend(q, *memory, visible, causal)
+        memory = memory or self.memory(h)
+        a = self.attend(q, *memory, visible, causal)
         x = x + self.out(a.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x)), memory
 
@@ -226,9 +188,9 @@ class Transformer(nn.Module):
     tokens see themselves: nothing is as similar to a token as it is.
     """
 
-    def __init__(self, width, depth, heads, attention="softmax", alike=None, reading="attention"):
+    def __init__(self, width, depth, heads, attention="softmax", alike=None):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, attention, reading) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(depth))
         for block in self.blocks if alike else ():
             if alike == "rotation":
                 nn.init.orthogonal_(block.query.weight)
@@ -248,13 +210,14 @@ class Transformer(nn.Module):
         return self.norm(x.float())
 
     def encode(self, x, causal):
-        """Context tokens x (B, N, D) -> the keys and values of every layer. They do not depend on any query."""
+        """Context tokens x (B, N, D) -> the keys and values of every layer, and what enters the last one. They do not depend on any query."""
         (*inner, last), memories = self.blocks, []
         with self.autocast(x):
             for block in inner:
                 x, memory = block(x, causal=causal)
                 memories.append(memory)
-            return memories + [last.memory(last.norm1(x))]  # nobody reads what the last layer would make of the context
+            h = last.norm1(x)
+            return memories + [last.memory(h)], h.float()  # what the last layer would make of the context is not needed
 
     def read(self, x, memories, visible=None):
         """Query tokens x (B, Q, D) read the context in every layer, and never each other -> (B, Q, D)."""
@@ -398,13 +361,27 @@ class Basis(nn.Module):
         return features.mul_(h.shape[-1] ** -0.5)  # in place: it is the largest tensor of a step
 
 
+def gaussian_kernel(a, b):
+    """exp(-|a - b|^2 / X) of all pairs, a (B, Q, X) and b (B, N, X) -> (B, Q, N): that of `Basis`, with all of its features."""
+    return ((2 * a @ b.mT - a.square().sum(-1)[..., None] - b.square().sum(-1)[..., None, :]) / a.shape[-1]).exp()
+
+
+def linear_kernel(a, b):
+    """a . b / X of all pairs."""
+    return a @ b.mT / a.shape[-1]
+
+
 class Implicit(nn.Module):
-    """The state is each query's own prediction, refined by a transformer that reads the mini-batch (eq. 8)."""
+    """The state is each query's own prediction, refined by a transformer that reads the mini-batch (eq. 8).
+
+    With --decoder solve the mini-batch's tokens hold residuals (`mini_batches`), and say how far each is to be trusted. Kernel
+    ridge regression carries the residuals over to the queries, and what these read corrects the result.
+    """
 
     def __init__(self, args, x_dim, y_dim, loss=None, basis=None):
         super().__init__()
         self.loss, self.kind = loss, args.state
-        self.history, self.shows_residuals, self.causal = args.history, args.residuals == "on", args.mask == "causal"
+        self.history, self.shows_residuals, self.causal = args.history, args.decoder == "solve", args.mask == "causal"
         # Logits outgrow the one-hot labels that share their encoder: a query is shown --state-scale of them.
         self.adds, self.scale = args.update == "residual", args.state_scale
         D, P = args.width, (args.width if args.state == "latent" else y_dim)
@@ -417,8 +394,14 @@ class Implicit(nn.Module):
         self.query_embedding = nn.Parameter(0.02 * torch.randn(D))
         self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
         self.older = nn.Linear((self.history - 1) * P, D) if self.history > 1 else None
-        self.transformer = Transformer(D, args.depth, args.heads, args.attention, args.init, args.reading)
+        self.transformer = Transformer(D, args.depth, args.heads, args.attention, args.init)
         self.decoder = nn.Linear(D, y_dim)
+        if self.shows_residuals:
+            self.kernel = linear_kernel if args.attention == "linear" else gaussian_kernel
+            self.rate = nn.Parameter(torch.tensor(0.5))  # half a residual of a square, 2 (p - y), is all of the error
+            self.log_variance = nn.Linear(D, 1)
+            nn.init.zeros_(self.log_variance.weight)
+            nn.init.constant_(self.log_variance.bias, math.log(0.1))
 
     def initial_state(self, query_x):
         return self.initial.expand(*query_x.shape[:2], -1)  # (B, Q, P)
@@ -428,8 +411,29 @@ class Implicit(nn.Module):
         return self.decoder(states) if self.kind == "latent" else states
 
     def encode(self, x, y):
-        """A mini-batch x (B, N, X), y (B, N, Y), with residuals (B, N, 2 Y) -> the keys and values that queries read. Reusable: it depends on no query."""
-        return self.transformer.encode(self.observation(torch.cat([x, y], -1)), self.causal)
+        """A mini-batch x (B, N, X), y (B, N, Y or 2 Y) -> what queries read of it, whatever they are.
+
+        The keys and values of every layer, x, and with --decoder solve what the observations want (B, N, Y + 1).
+        """
+        memories, h = self.transformer.encode(self.observation(torch.cat([x, y], -1)), self.causal)
+        if not self.shows_residuals:
+            return memories, x, None
+        wrong = y.chunk(2, -1)[1]
+        return memories, x, torch.cat([-self.rate * wrong, self.log_variance(h)], -1)
+
+    def carry_over(self, x, wanted, query_x, visible):
+        """What observations want of the predictions at x, for those at query_x -> (B, Q, Y).
+
+        wanted (B, N, Y + 1) is that of `Parametric.pull_back`, and so is the change, k(query_x, x) (k(x, x) + diag(variance))^-1 wanted:
+        with k = phi . phi it is what that change of the weights does to the predictions. Here k may have any number of features.
+        """
+        wanted, variance = wanted[..., :-1], (wanted[..., -1].exp() + 1e-3).diag_embed()  # with less, float32 may not solve
+        weights, system = self.kernel(query_x, x), self.kernel(x, x)
+        if visible is None:
+            return weights @ torch.linalg.solve_ex(system + variance, wanted)[0]
+        seen = visible[:, 0]  # (B, Q, N): a system for each query (B, Q, N, N), in which observations that it does not see stand alone
+        system = system[:, None] * seen[..., None] * seen[..., None, :] + variance[:, None]
+        return torch.linalg.solve_ex(system, (weights * seen)[..., None])[0][..., 0] @ wanted
 
     def update(self, past, x, y, query_x, step=0):
         """r_gamma of eq. 8: the last H states (B, Q, P) and a mini-batch, after `step` others -> the next states (1, B, Q, P)."""
@@ -440,8 +444,9 @@ class Implicit(nn.Module):
             visible = (torch.arange(N, device=x.device) < size)[:, None]  # (B, 1, Q, N)
         return self.read(past, self.encode(x, y), query_x, visible, step)
 
-    def read(self, past, memories, query_x, visible=None, step=0):
-        """`update` from the keys and values of an encoded mini-batch; of these each query sees what `visible` (B, 1, Q, N) says."""
+    def read(self, past, encoded, query_x, visible=None, step=0):
+        """`update` from an encoded mini-batch, of which each query sees what `visible` (B, 1, Q, N) says."""
+        memories, x, wanted = encoded
         state = past[-1].softmax(-1) if self.kind == "softmax" else past[-1]
         shown = torch.cat([query_x, self.scale * state], -1)
         shown = F.pad(shown, (0, self.query.in_features - shown.shape[-1]))  # zeros in place of an observation's residual
@@ -452,6 +457,8 @@ class Implicit(nn.Module):
             tokens = tokens + self.clock / (step + 1)  # the weight of a new mini-batch in an average of all
         h = self.transformer.read(tokens, memories, visible)
         new = h if self.kind == "latent" else self.decoder(h)
+        if self.shows_residuals:
+            new = new + self.carry_over(x, wanted, query_x, visible)
         return (past[-1] + new if self.adds else new)[None]
 
 
@@ -595,13 +602,11 @@ def make_parser(script, doc, eval_steps=False):
     add("--signal", choices=("data", "grad", "both"), default="data", help="what tokens carry: observations, their gradients, or both")
     add("--mask", choices=("causal", "none"), default="none", help="causal: all context sizes in one pass; none: one random size a step")
     add("--history", type=count, default=1, help="H, how many of the last states (and gradients) the model sees")
-    add("--decoder", choices=("solve", "span", "linear"), default="solve", help="updates of parametric and explicit states: the least change that does what tokens ask of predictions, what the Jacobian makes of it, or a vector read off one token")
+    add("--decoder", choices=("solve", "span", "linear"), default="solve", help="how a state is updated: the least change that does what tokens ask of predictions (implicit: by kernel ridge regression), what the Jacobian makes of it (not implicit), or what is read off one token, as in the paper")
     add("--update", choices=("residual", "direct"), default="residual", help="the model's output is a change of the state, or the next state (for --decoder linear)")
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
     add("--state-scale", type=number(float, 0), default=1.0, help="what an implicit query is shown of its state is times this; 0 hides it")
     add("--init", choices=("random", "rotation"), default="random", help="what an implicit model's encoder of observations, keys and queries start as; a rotation keeps angles")
-    add("--reading", choices=("attention", "ridge"), default="attention", help="how implicit queries read a mini-batch: by attention, as its observations do each other, or by kernel ridge regression with a Gaussian kernel (with --attention linear, the linear one)")
-    add("--residuals", choices=("off", "on"), default="off", help="on: an implicit model's observations are queries, too, until their turn, and then show what was wrong about their own prediction")
     add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
     add("--basis", choices=("linear", "fourier"), default="linear", help="what the explicit regime's trained basis functions of x start as")
     add("--hidden", type=count, default=64, help="how many of them (frequencies, of a cosine and a sine each); the latent has a weight for each and each number in y")
@@ -693,7 +698,7 @@ def parse_args(parser, presets, argv=None):
 
 def check(args, given):
     """Refuses what contradicts itself, with the reason."""
-    only = dict(state=["implicit"], state_scale=["implicit"], init=["implicit"], reading=["implicit"], residuals=["implicit"], basis=["explicit"], hidden=["explicit"], decoder=["parametric", "explicit"])
+    only = dict(state=["implicit"], state_scale=["implicit"], init=["implicit"], basis=["explicit"], hidden=["explicit"])
     for flag, regimes in only.items():
         if flag in given and args.regime not in regimes:
             fail(f"{spell(flag, given[flag])} is for --regime {' and '.join(regimes)}")
@@ -705,7 +710,9 @@ def check(args, given):
         (args.hidden % args.latent_tokens, f"--hidden {args.hidden} is not divisible by --latent-tokens {args.latent_tokens}"),
         (args.latent_tokens > 1 and not slots, "--latent-tokens above 1 needs --regime explicit --decoder linear --mask none"),
         (implicit and args.signal != "data", f"--signal {args.signal}: --regime implicit has no parameters to take gradients of (use --signal data)"),
-        (args.update == "direct" and not implicit and not linear, "--update direct needs --decoder linear: the span of the data holds changes only"),
+        (implicit and args.decoder == "span", "--decoder span is for --regime parametric and explicit"),
+        (args.update == "direct" and not linear, "--update direct needs --decoder linear: what tokens ask for is a change"),
+        (implicit and args.state == "latent" and not linear, "--state latent needs --decoder linear: what tokens ask for is a change of a prediction"),
     )
     for wrong, reason in refusals:
         if wrong:
@@ -1054,7 +1061,7 @@ def plot_steps(out, results, log_scale=False):
         ax.set_xlabel("iteration")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=9, ncols=2 if K > 5 else 1)
-    kind = args["regime"] if args["regime"] == "implicit" else f"{args['regime']}, signal {args['signal']}, decoder {args['decoder']}"
+    kind = args["regime"] + (f", signal {args['signal']}" if args["regime"] != "implicit" else "") + f", decoder {args['decoder']}"
     kind += ", with a clock" if args.get("clock") == "steps" else ""
     title = f"{results['script']}.py trained on {results['data']}: {kind}, {results['iterations']} iterations, seed {results['seed']}"
     fig.suptitle(textwrap.fill(title, 40 * columns), fontsize=11)

@@ -37,7 +37,7 @@ def get_args(argv=None):
     add("--dataset", choices=("auto", "mnist", "fmnist", "glyphs"), default="auto", help="auto: mnist, or drawn digits where it cannot be had")
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA") or "data", help="where torchvision's MNIST/ and FashionMNIST/ lie or go (default: $IAI_DATA or data/)")
     add("--dim", type=common.count, default=100, help="dimension of the random projection")
-    parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=8, iters=3000, lr=3e-3, width=128, heads=1, state_scale=0.1, init="rotation", reading="ridge", residuals="on", basis="fourier", hidden=1024)
+    parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=8, iters=3000, lr=3e-3, width=128, heads=1, state_scale=0.1, init="rotation", basis="fourier", hidden=1024)
     return common.parse_args(parser, PRESETS, argv)
 
 

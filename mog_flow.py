@@ -44,8 +44,8 @@ def parse_flow_args(parser, presets, argv):
         common.fail(f"--regime {args.regime} needs a predictor with parameters or a latent; a flow's velocities are refined by --regime implicit only")
     if args.state == "softmax":
         common.fail("--state softmax is for classes; a velocity has no softmax")
-    if args.residuals != "off":
-        common.fail("--residuals on: an observation is a point, and has no velocity that a prediction could miss (use --residuals off)")
+    if args.decoder != "linear":
+        common.fail(f"--decoder {args.decoder}: an observation is a point, and has no velocity that a prediction could miss (use --decoder linear)")
     return args
 
 
@@ -54,7 +54,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("mixtures of Gaussians").add_argument
     add("--dim", type=common.number(int, 2), default=2, help="dimension of the points")
     add("--max-clusters", type=common.count, default=10, help="a task has 1 to this many clusters")
-    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=8000, lr=3e-3, history=3, eval_tasks=200)
+    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=8000, lr=3e-3, decoder="linear", history=3, eval_tasks=200)
     return parse_flow_args(parser, PRESETS, argv)
 
 

@@ -32,16 +32,14 @@ def get_args(argv=None):
     add("--nodes", type=common.number(int, 3), default=8, help="nodes of the graphs that are trained on")
     add("--eval-nodes", type=common.number(int, 3), default=12, help="a second size to evaluate at")
     add("--mechanism", choices=TRAINED_ON, default="both", help="train on linear functions, on random Fourier features, or on both")
-    parser.set_defaults(regime="implicit", steps=5, context=32, tasks=8, iters=4500, lr=3e-3, width=32, depth=2, eval_tasks=100)
+    parser.set_defaults(regime="implicit", steps=5, context=32, tasks=8, iters=4500, lr=3e-3, decoder="linear", width=32, depth=2, eval_tasks=100)
     args = common.parse_args(parser, PRESETS, argv)
     if args.regime != "implicit":
         common.fail(f"--regime {args.regime} needs a predictor with parameters or a latent; leaf logits are refined by --regime implicit only")
     if args.state != "logits":
         common.fail(f"--state {args.state}: a node's state is its leaf logit (use --state logits)")
-    if args.reading != "attention":
-        common.fail(f"--reading {args.reading}: rows and nodes attend to each other, and there is no context to read (use --reading attention)")
-    if args.residuals != "off":
-        common.fail("--residuals on: a row has no target that a prediction could miss (use --residuals off)")
+    if args.decoder != "linear":
+        common.fail(f"--decoder {args.decoder}: a row has no target that a prediction could miss (use --decoder linear)")
     if args.mask != "none":
         common.fail("--mask causal: rows and nodes are sets that attend to each other both ways (use --mask none)")
     if args.queries is not None:

@@ -28,7 +28,7 @@ SEEDS = (0, 1, 2)
 SHORT = "linreg.py --dim 8 --context 15 --iters 500"
 LINREG = SHORT + " --clock none"
 MNIST = "mnist.py --dim 50 --iters 300"
-IMPLICIT = MNIST + " --residuals off"
+PLAIN = " --regime implicit --decoder linear"  # the paper's in-context learner
 
 # The edits: (file, what stands there, what is put in its place).
 EDITS = {
@@ -53,6 +53,8 @@ EDITS = {
         ("common.py", "states = model.update(", "states = [model, *model.later][min(step, len(model.later))].update("),
     ],
     "unit-gradients": [("common.py", "torch.cat([self.gradients(r, phi) for", "torch.cat([F.normalize(self.gradients(r, phi), dim=-1) for")],
+    "shown-only": [("common.py", "new = new + self.carry_over(x, wanted, query_x, visible)", "pass")],
+    "carried-only": [("common.py", "new = new + self.carry_over(", "new = self.carry_over(")],
     "loud-bias": [("mnist.py", "F.pad(x, (0, 1), value=1.0) * x", "F.pad(x, (0, 1), value=x.shape[-1] ** 0.5) * x")],
 }  # fmt: skip
 
@@ -62,33 +64,36 @@ GROUPS = {
     "history (parametric, signal grad)": (LINREG + " --signal grad", {"1": "", "3": "--history 3", "5": "--history 5"}),
     "mask (parametric)": (LINREG, {"none": "", "causal": "--mask causal"}),
     "mask (explicit)": (LINREG + " --regime explicit", {"none": "", "causal": "--mask causal"}),
-    "mask (implicit)": (LINREG + " --regime implicit", {"none": "", "causal": "--mask causal"}),
+    "mask (implicit, decoder linear)": (LINREG + PLAIN, {"none": "", "causal": "--mask causal"}),
     "sizes in training (parametric)": (LINREG, {"half are whole": "", "random": "random-sizes"}),
-    "sizes in training (implicit)": (LINREG + " --regime implicit", {"half are whole": "", "random": "random-sizes"}),
+    "sizes in training (implicit, decoder linear)": (LINREG + PLAIN, {"half are whole": "", "random": "random-sizes"}),
     "latent tokens (explicit, decoder linear)": (LINREG + " --regime explicit --decoder linear", {"1": "", "4": "--latent-tokens 4", "8": "--latent-tokens 8"}),
     "output (parametric, decoder linear)": (LINREG + " --decoder linear", {"a change": "", "the next state": "--update direct"}),
-    "output (implicit)": (LINREG + " --regime implicit", {"a change": "", "the next state": "--update direct"}),
+    "output (implicit, decoder linear)": (LINREG + PLAIN, {"a change": "", "the next state": "--update direct"}),
     "clock (parametric)": (SHORT, {"none": "--clock none", "steps": ""}),
     "clock (explicit)": (SHORT + " --regime explicit", {"none": "--clock none", "steps": ""}),
     "clock (implicit)": (SHORT + " --regime implicit", {"none": "--clock none", "steps": ""}),
-    "state that a query sees (implicit)": (LINREG + " --regime implicit", {"all": "", "a tenth": "--state-scale 0.1", "none": "--state-scale 0"}),
+    "clock (implicit, decoder linear)": (SHORT + PLAIN, {"none": "--clock none", "steps": ""}),
+    "state that a query sees (implicit, decoder linear)": (LINREG + PLAIN, {"all": "", "a tenth": "--state-scale 0.1", "none": "--state-scale 0"}),
     "attention (parametric)": (LINREG, {"linear": "", "softmax": "--attention softmax"}),
-    "attention (implicit)": (LINREG + " --regime implicit", {"linear": "", "softmax": "--attention softmax"}),
-    "reading (implicit)": (LINREG + " --regime implicit", {"attention": "", "ridge": "--reading ridge"}),
+    "attention (implicit, decoder linear)": (LINREG + PLAIN, {"linear": "", "softmax": "--attention softmax"}),
     "decoder (parametric)": (LINREG, {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
     "decoder (explicit)": (LINREG + " --regime explicit", {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
+    "decoder (implicit)": (LINREG + " --regime implicit", {"solve": "", "linear": "--decoder linear"}),
+    "what residuals are for (implicit)": (LINREG + " --regime implicit", {"both": "", "shown in tokens": "shown-only", "carried over": "carried-only"}),
     "MNIST: decoder (parametric)": (MNIST + " --regime parametric", {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
     "MNIST: decoder (explicit)": (MNIST + " --regime explicit", {"solve": "", "span": "--decoder span"}),
     "MNIST: basis (explicit)": (MNIST + " --regime explicit", {"fourier": "", "linear": "--basis linear --hidden 100"}),
-    "MNIST: encoder, keys and queries start as (implicit)": (IMPLICIT, {"rotations": "", "random": "--init random"}),
-    "MNIST: residuals (implicit)": (MNIST, {"on": "--residuals on", "off": "--residuals off"}),
-    "MNIST: reading (implicit)": (IMPLICIT, {"ridge": "", "attention": "--reading attention"}),
-    "MNIST: output (implicit)": (IMPLICIT, {"a change": "", "the next state": "--update direct"}),
-    "MNIST: state that a query sees (implicit)": (IMPLICIT, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),
+    "MNIST: decoder (implicit)": (MNIST, {"solve": "", "linear": "--decoder linear"}),
+    "MNIST: what residuals are for (implicit)": (MNIST, {"both": "", "shown in tokens": "shown-only", "carried over": "carried-only"}),
+    "MNIST: encoder, keys and queries start as (implicit, decoder linear)": (MNIST + PLAIN, {"rotations": "", "random": "--init random"}),
+    "MNIST: output (implicit, decoder linear)": (MNIST + PLAIN, {"a change": "", "the next state": "--update direct"}),
+    "MNIST: state that a query sees (implicit)": (MNIST, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),
+    "MNIST: state that a query sees (implicit, decoder linear)": (MNIST + PLAIN, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),
     "dtype (parametric)": (LINREG, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
-    "MNIST: clock (implicit)": (IMPLICIT, {"none": "", "steps": "--clock steps"}),
-    "MNIST: dtype (implicit)": (IMPLICIT, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
-    "MNIST: state (implicit)": (IMPLICIT, {"logits": "", "softmax": "--state softmax", "latent": "--state latent"}),
+    "MNIST: clock (implicit)": (MNIST, {"none": "", "steps": "--clock steps"}),
+    "MNIST: dtype (implicit)": (MNIST, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
+    "MNIST: state (implicit, decoder linear)": (MNIST + PLAIN, {"logits": "", "softmax": "--state softmax", "latent": "--state latent"}),
     "exercise 1: steps in training (parametric)": (LINREG, {"5": "", "1": "--steps 1 --eval-steps 10"}),
     "exercise 5: detached (parametric)": (LINREG, {"every step": "", "every other step": "two-steps"}),
     "exercise 6: a loss before any data (parametric)": (LINREG, {"no": "", "yes": "step-0"}),

@@ -34,15 +34,15 @@ def merge(rows):
     return rows[0] | inside | {"mean": list(map(mean, means)), "stderr": list(map(math.hypot, map(mean, stderrs), over_seeds))}
 
 
-def read(name):
+def read(file):
     """The results of a command, averaged over the seeds that were run."""
-    found = [load(path.stem) for path in (HERE / f"{name}.json", *sorted(HERE.glob(f"{name}.seed*.json")))]
+    found = [load(path.stem) for path in (HERE / f"{file}.json", *sorted(HERE.glob(f"{file}.seed*.json")))]
     metrics, baselines = found[0]["metrics"], found[0]["baselines"]
     for split in metrics:
         metrics[split] = merge([r["metrics"][split] for r in found])
         for name in dict.fromkeys(name for r in found for name in r["baselines"][split]):  # some of causal graphs' are the model, too
             baselines[split][name] = merge([r["baselines"][split][name] for r in found if name in r["baselines"][split]])
-    return found[0] | {"seeds": len(found), "cpu_seconds": mean(r["cpu_seconds"] for r in found)}
+    return found[0] | {"file": file, "seeds": len(found), "cpu_seconds": mean(r["cpu_seconds"] for r in found)}
 
 
 def value(row, step):
@@ -72,14 +72,17 @@ def minutes(results):
 
 
 def command(results):
-    """As it would be given today. Older implicit models of images saw their whole state, began with random keys, read by attention or had no residuals; regression had no clock, others moved in the span."""
+    """As it would be given today: regression had no clock, others moved in the span, implicit models of images saw their whole state and began with random keys.
+
+    Files "...-linear" are of implicit models from before these had another decoder.
+    """
     text, edited, _ = re.sub(" --(data-dir|out|repeats) [^ ]+| --overwrite", "", results["command"]).partition(", edited")
     args, script = results.get("args", {}), text.split()[1]
     implicit = args.get("regime", "implicit") == "implicit"
-    for flag, value in (("state_scale", "1"), ("init", "random"), ("reading", "attention"), ("residuals", "off")):
-        scripts = ("mnist.py", "imagenet.py") if flag in ("state_scale", "init") else ("mnist.py",)
-        if implicit and script in scripts and flag not in args:
-            text += f" --{flag.replace('_', '-')} {value}"
+    if implicit and script in ("mnist.py", "imagenet.py"):
+        text += "".join(f" --{flag.replace('_', '-')} {value}" for flag, value in (("state_scale", "1"), ("init", "random")) if flag not in args)
+    if "-linear" in results.get("file", "") and not re.search("--(eval|decoder) ", text):
+        text += " --decoder linear"
     if not implicit and args["decoder"] == "span" and "--decoder" not in text:
         text += " --decoder span"
     if script == "linreg.py" and args.get("clock", "none") == "none" and "--clock" not in text:
@@ -113,7 +116,7 @@ def quick():
 def linreg():
     """Squared error, its multiple of the oracle, and the paper at 5 steps (tables 2, 3 and 4)."""
     paper = {"linreg": 0.5, "linreg-explicit": 2.6, "linreg-implicit": 6.2}
-    files = [*paper, "linreg-span", *(f"{name}-noclock" for name in paper)]
+    files = [*paper, "linreg-implicit-linear", "linreg-span", "linreg-noclock", "linreg-explicit-noclock", "linreg-implicit-linear-noclock"]
     rivals = read("linreg")["baselines"]["id"]
     numbers = lambda m: [*cells(m, (1, 5, 10), 3), f"{value(m, 5) / value(rivals['ridge, all seen'], 5):.2f}"]
     rows = [[command(r), r["seeds"], *numbers(r["metrics"]["id"]), minutes(r), paper.get(name, "")] for name, r in zip(files, map(read, files))]
@@ -124,9 +127,9 @@ def linreg():
 def paper():
     """Tasks of the paper's dimensions and mini-batches, models of laptop size; beside them its own errors (tables 2 to 4, rows "data")."""
     quoted = {
-        "paper-linreg": ("16.3 / 0.5 / 0.3",), "paper-linreg-explicit": ("19.7 / 2.6 / 2.4",), **dict.fromkeys(("paper-linreg-implicit", "paper-linreg-implicit-ridge", "paper-linreg-implicit-attention"), ("14.8 / 6.2 / 4.7",)),
+        "paper-linreg": ("16.3 / 0.5 / 0.3",), "paper-linreg-explicit": ("19.7 / 2.6 / 2.4",), **dict.fromkeys(("paper-linreg-implicit", "paper-linreg-implicit-linear"), ("14.8 / 6.2 / 4.7",)),
         "paper-mnist-parametric": ("43.9 / 35.5 / 36.6", "40.5 / 34.3 / 35.3"), "paper-mnist-explicit": ("89.2 / 88.7 / 88.8", "90.0 / 90.0 / 90.0"),
-        **dict.fromkeys(("paper-mnist", "paper-mnist-ridge", "paper-mnist-attention"), ("24.9 / 12.4 / 9.7", "31.9 / 26.1 / 24.2")),
+        **dict.fromkeys(("paper-mnist", "paper-mnist-linear"), ("24.9 / 12.4 / 9.7", "31.9 / 26.1 / 24.2")),
     }  # fmt: skip
     rows = []
     for name, errors in quoted.items():
@@ -144,7 +147,7 @@ def special():
     for name, file, flags, k in (
         ("hypernetwork", "hypernetwork", "`--regime parametric --steps 1`", 1),
         ("conditional neural process", "cnp", "`--regime explicit --steps 1`", 1),
-        ("in-context learning", "icl", "`--regime implicit --steps 1`", 1),
+        ("in-context learning", "icl-linear", "`--regime implicit --decoder linear --steps 1`", 1),
         ("learned optimizer", "grad", "`--regime parametric --signal grad`", 5),
     ):
         regression, images = read(f"linreg-{file}"), read(f"mnist-{file}")
@@ -158,11 +161,11 @@ def lengths():
     files = {
         "parametric regression": ("linreg-hypernetwork", "linreg", "linreg-k10"),
         "parametric regression, no clock": ("linreg-noclock", "linreg-k10-noclock"),
-        "implicit regression": ("linreg-icl", "linreg-implicit", "linreg-implicit-k10"),
-        "implicit regression, no clock": ("linreg-implicit-noclock", "linreg-implicit-k10-noclock"),
-        "implicit MNIST, error %": ("mnist", "mnist-k10"),
-        "the same, no residuals": ("mnist-icl", "mnist-ridge", "mnist-k10-ridge"),
-        "the same, by attention, from random weights, state seen whole": ("mnist-loud-icl", "mnist-loud", "mnist-loud-k10"),
+        "implicit regression": ("linreg-icl", "linreg-implicit"),
+        "the same, read off one token": ("linreg-icl-linear", "linreg-implicit-linear", "linreg-implicit-linear-k10"),
+        "the same, no clock": ("linreg-implicit-linear-noclock", "linreg-implicit-linear-k10-noclock"),
+        "implicit MNIST, error %": ("mnist",),
+        "the same, read off one token, from random weights, state seen whole": ("mnist-linear-loud-icl", "mnist-linear-loud", "mnist-linear-loud-k10"),
     }
     rows = []
     for label, names in files.items():
@@ -175,7 +178,7 @@ def lengths():
 
 def scaling():
     """Error far past the training length, at mini-batches of one size; the oracle has all that was seen."""
-    steps, found = (1, 5, 10, 20, 50), [read(f"scaling-linreg{kind}") for kind in ("", "-explicit", "-implicit", "-noclock", "-implicit-noclock")]
+    steps, found = (1, 5, 10, 20, 50), [read(f"scaling-linreg{kind}") for kind in ("", "-explicit", "-implicit", "-implicit-linear", "-noclock", "-implicit-linear-noclock")]
     rows = [[command(r).replace(" --clock none", ""), *cells(r["metrics"]["id"], steps, 3)] for r in found]  # the checkpoint knows
     rows.append(["*ridge, all seen*", *cells(found[0]["baselines"]["id"]["ridge, all seen"], steps, 3)])
     return table(["squared error after", *steps], rows)
@@ -236,19 +239,19 @@ def errors(files):
 def mnist():
     parametric = "43.9 / 35.5", "40.5 / 34.3"
     return errors({
-        **dict.fromkeys(("mnist", "mnist-ridge", "mnist-attention", "mnist-random"), ("24.9 / 12.4", "31.9 / 26.1")), "mnist-parametric": parametric, "mnist-span": parametric, "mnist-explicit": ("89.2 / 88.7", "90.0 / 90.0"),
+        **dict.fromkeys(("mnist", "mnist-linear", "mnist-linear-random"), ("24.9 / 12.4", "31.9 / 26.1")), "mnist-parametric": parametric, "mnist-span": parametric, "mnist-explicit": ("89.2 / 88.7", "90.0 / 90.0"),
     })  # fmt: skip
 
 
 def fmnist():
     """The other direction: trained on FashionMNIST."""
-    implicit = dict.fromkeys(("fmnist", "fmnist-ridge", "fmnist-attention"), ("22.8 / 18.8", "29.1 / 16.9"))
+    implicit = dict.fromkeys(("fmnist", "fmnist-linear"), ("22.8 / 18.8", "29.1 / 16.9"))
     return errors(implicit | {"fmnist-parametric": ("35.9 / 30.8", "38.8 / 31.3"), "fmnist-explicit": ("90.0 / 90.0", "90.3 / 90.2")})
 
 
 def imagenet():
     """Other data: the paper's numbers say nothing here."""
-    return errors(dict.fromkeys(("imagenet", "imagenet-random", "imagenet-parametric", "imagenet-explicit"), ("", "", "")))
+    return errors(dict.fromkeys(("imagenet", "imagenet-linear", "imagenet-linear-random", "imagenet-parametric", "imagenet-explicit"), ("", "", "")))
 
 
 def flow():

@@ -34,7 +34,7 @@ IMPLICIT = ("toposort",)  # scripts with one regime, one mask and one state
 
 def accepts(script, flags):
     """Whether a script has what the flags ask for."""
-    return script not in IMPLICIT or not any(word in flags for word in ("parametric", "explicit", "causal", "latent", "ridge", "residuals"))
+    return script not in IMPLICIT or not any(word in flags for word in ("parametric", "explicit", "causal", "latent", "solve"))
 
 
 def call(script, *flags, tiny=True):

@@ -163,9 +163,8 @@ WRONG = [  # flags, what the line must name
     ("--out here/there.json", "here"),
     ("--out folder --overwrite", "folder is not to be replaced"),
     ("--out=", "--out"),
-    ("--scripts mnist --regimes implicit --reading ridge", "drop --attention, --reading"),
-    ("--scripts mnist --regimes implicit --residuals on", "and --residuals"),
-    ("--attention linear", "drop --attention, --reading"),
+    ("--scripts mnist --regimes implicit --decoder solve", "drop --attention and --decoder"),
+    ("--attention linear", "drop --attention and --decoder"),
     ("stray", "stray"),
 ]
 

@@ -18,6 +18,7 @@ from common import Task, Transformer, refine
 
 B, K, N, Q, X, Y = 3, 4, 6, 5, 4, 2
 SIGNALS = ("data", "grad", "both")
+IMPLICIT = [*(("linear", state) for state in ("logits", "softmax", "latent")), ("solve", "logits"), ("solve", "softmax")]  # decoder and state
 
 
 def squared_error(prediction, y):
@@ -35,7 +36,7 @@ def identity(x):
 
 def settings(**changes):
     args = argparse.Namespace(
-        history=1, mask="causal", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0, init="random", reading="attention", residuals="off",
+        history=1, mask="causal", latent_tokens=1, signal="data", decoder="linear", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0, init="random",
         width=8, depth=2, heads=2, basis="linear", hidden=6,
     )  # fmt: skip
     vars(args).update(changes)
@@ -50,9 +51,10 @@ def make(regime, loss=squared_error, **changes):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(0.4 * torch.randn_like(p))
-        if args.decoder != "linear" and regime != "implicit":  # random steps along all observations would diverge
-            model.decoder.weight.mul_(0.05)
-            model.decoder.bias.mul_(0.05)
+        if args.decoder != "linear":  # random steps along all observations would diverge
+            wanted = model.log_variance if regime == "implicit" else model.decoder
+            wanted.weight.mul_(0.05)
+            wanted.bias.mul_(0.05)
     return model
 
 
@@ -96,13 +98,14 @@ def test_one_causal_pass_equals_a_loop_over_prefixes(task, regime, signal, histo
         close(at_once[n - 1], alone[0])
 
 
-@pytest.mark.parametrize("reading", ("attention", "ridge"))
+@pytest.mark.parametrize("decoder", ("linear", "solve"))
 @pytest.mark.parametrize("attention", ("softmax", "linear"))
 @pytest.mark.parametrize("history", (1, 3))
-def test_implicit_queries_under_their_own_prefixes_equal_a_loop_over_queries(task, history, attention, reading, monkeypatch):
+def test_implicit_queries_under_their_own_prefixes_equal_a_loop_over_queries(task, history, attention, decoder, monkeypatch):
     """Each query is solved alone, in evaluation mode, on the context cut where the mask cuts it."""
-    model = make("implicit", history=history, attention=attention, reading=reading).train()
-    x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
+    model = make("implicit", history=history, attention=attention, decoder=decoder).train()
+    x, past = task.context_x[0], past_states(model, task)
+    y = torch.randn(B, N, 2 * Y) if decoder == "solve" else task.context_y[0]  # residuals, too
     lengths = torch.randint(1, N + 1, (B, Q, 1))
     monkeypatch.setattr(common, "draw_size", lambda *_, **__: lengths)
     together = model.update(past, x, y, task.query_x)[0]
@@ -150,11 +153,10 @@ def test_half_of_the_prefixes_are_whole_and_each_query_and_task_draws_its_own(ta
     assert (lengths[:, :1] != lengths).any(0)[1:].all(), "queries share a length"
 
 
-@pytest.mark.parametrize("reading", ("attention", "ridge"))
 @pytest.mark.parametrize("mask", ("causal", "none"))
-@pytest.mark.parametrize("state", ("logits", "softmax", "latent"))
-def test_an_implicit_prediction_does_not_change_when_other_queries_do(task, mask, state, reading):
-    model = make("implicit", mask=mask, state=state, reading=reading, history=2)
+@pytest.mark.parametrize("decoder,state", IMPLICIT)
+def test_an_implicit_prediction_does_not_change_when_other_queries_do(task, mask, decoder, state):
+    model = make("implicit", mask=mask, decoder=decoder, state=state, history=2)
 
     def predictions(query_x):
         torch.manual_seed(5)  # the same prefixes
@@ -274,7 +276,7 @@ def test_context_and_queries_equal_pytorchs_encoder_under_one_joint_mask(causal)
     x = torch.cat([context, queries], 1)
     for block in ours.blocks:
         x = copied(block)(x, src_mask=~joint.repeat_interleave(block.heads, 0))
-    close(ours.read(queries, ours.encode(context, causal), visible[:, None]), ours.norm(x[:, N:]), 1e-4)
+    close(ours.read(queries, ours.encode(context, causal)[0], visible[:, None]), ours.norm(x[:, N:]), 1e-4)
 
 
 @pytest.mark.parametrize("N", (5, 256, 257))  # up to 256 by plain products
@@ -309,22 +311,28 @@ def test_one_layer_of_linear_attention_takes_a_step_of_gradient_descent():
 
 
 @pytest.mark.parametrize("attention", ("softmax", "linear"))
-def test_reading_by_ridge_equals_a_regression_for_each_query_on_what_it_sees(attention):
-    """In the dual form of Gaussian processes, in numpy; the linear kernel in the primal form, too."""
-    q, k, v, ridge = torch.randn(B, 2, Q, 4), torch.randn(B, 2, N, 4), torch.randn(B, 2, N, 3), torch.rand(2, 1, 1) + 0.1
-    prefixes = torch.arange(N) < torch.randint(1, N + 1, (B, 1, Q, 1))
-    kernel = {"softmax": lambda a, b: np.exp(-((a - b) ** 2).sum() / 4), "linear": lambda a, b: a @ b / 4}[attention]
-    for visible in (None, prefixes):
-        found = common.ridge_attention(q, k, v, common.Block(8, 2, attention).kernel, ridge, visible)
-        for b, h, i in itertools.product(range(B), range(2), range(Q)):
+def test_what_is_carried_over_equals_a_regression_for_each_query_on_what_it_sees(attention):
+    """In the dual form of Gaussian processes, in numpy."""
+    model = make("implicit", decoder="solve", attention=attention)
+    query_x, x, wanted = torch.randn(B, Q, X), torch.randn(B, N, X), torch.randn(B, N, Y + 1)
+    own = torch.arange(N) < torch.randint(1, N + 1, (B, 1, Q, 1))
+    kernel = {"softmax": lambda a, b: np.exp(-((a - b) ** 2).sum() / X), "linear": lambda a, b: a @ b / X}[attention]
+    for visible in (None, own):
+        found = model.carry_over(x, wanted, query_x, visible)
+        for b, i in itertools.product(range(B), range(Q)):
             n = N if visible is None else int(visible[b, 0, i].sum())
-            query, keys, values, noise = q[b, h, i].numpy(), k[b, h, :n].numpy(), v[b, h, :n].numpy(), ridge[h].item()
-            system = np.array([[kernel(a, c) for c in keys] for a in keys]) + noise * np.eye(n)
-            expected = np.array([kernel(query, c) for c in keys]) @ np.linalg.solve(system, values)
-            close(found[b, h, i], torch.tensor(expected, dtype=torch.float32), 1e-4)
-            if attention == "linear":
-                weights = np.linalg.solve(keys.T @ keys + 4 * noise * np.eye(4), keys.T @ values)
-                close(found[b, h, i], torch.tensor(query @ weights, dtype=torch.float32), 1e-4)
+            query, keys, asked = query_x[b, i].numpy(), x[b, :n].numpy(), wanted[b, :n].numpy()
+            system = np.array([[kernel(a, c) for c in keys] for a in keys]) + np.diag(np.exp(asked[:, -1]))
+            expected = np.array([kernel(query, c) for c in keys]) @ np.linalg.solve(system, asked[:, :-1])
+            close(found[b, i], torch.tensor(expected, dtype=torch.float32), 1e-4)
+
+
+def test_what_is_carried_over_is_what_solved_weights_predict():
+    """With the linear kernel, implicit and parametric models make the same of what observations want."""
+    wanted, x, query_x = torch.randn(B, N, Y + 1), torch.randn(B, N, X), torch.randn(B, Q, X)
+    implicit, parametric = make("implicit", decoder="solve", attention="linear"), make("parametric", decoder="solve", mask="none")
+    weights = parametric.pull_back(x * X**-0.5, wanted)
+    close(implicit.carry_over(x, wanted, query_x, None), parametric.apply_to(query_x * X**-0.5, weights)[0], 1e-4)
 
 
 @pytest.mark.parametrize("regime", ("parametric", "explicit", "implicit"))
@@ -587,12 +595,12 @@ def test_no_gradient_crosses_a_step(task, case):
         torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("reading", ("attention", "ridge"))
-@pytest.mark.parametrize("state", ("logits", "softmax", "latent"))
+@pytest.mark.parametrize("attention", ("softmax", "linear"))
+@pytest.mark.parametrize("state", ("logits", "softmax"))
 @pytest.mark.parametrize("loss", (squared_error, softmax_cross_entropy))
-def test_observations_show_the_residuals_that_they_have_as_queries(task, loss, state, reading):
+def test_observations_show_the_residuals_that_they_have_as_queries(task, loss, state, attention):
     """Each observation alone is taken through the mini-batches before its own; gradients are those of tokens made of plain numbers."""
-    model = make("implicit", loss, residuals="on", state=state, reading=reading, history=2, mask="none", clock="steps", state_scale=0.5).eval()
+    model = make("implicit", loss, decoder="solve", state=state, attention=attention, history=2, mask="none", clock="steps", state_scale=0.5).eval()
     seen = []  # mini-batches: x (B, N, X), y and residuals (B, N, 2 Y)
 
     def predict(query_x, rows=slice(None)):
@@ -622,7 +630,7 @@ def test_observations_show_the_residuals_that_they_have_as_queries(task, loss, s
 
 def test_a_query_shows_no_residual(task):
     """The encoder's columns for residuals make no difference to what a query reads from the same keys and values."""
-    model = make("implicit", residuals="on").eval()
+    model = make("implicit", decoder="solve").eval()
     past, x = past_states(model, task), task.context_x[0]
     memories = model.encode(x, torch.randn(B, N, 2 * Y))
     before = model.read(past, memories, task.query_x)
@@ -633,7 +641,7 @@ def test_a_query_shows_no_residual(task):
 
 def test_observations_are_followed_as_the_queries_are(task):
     """In training, too, the residual is that of the prediction which a query at the same x has: sizes are drawn once for both."""
-    model, seen = make("implicit", residuals="on", mask="none").train(), []
+    model, seen = make("implicit", decoder="solve", mask="none").train(), []
     update = model.update
     model.update = lambda past, x, y, *given: seen.append(y) or update(past, x, y, *given)
     sizes = set()
@@ -646,7 +654,7 @@ def test_observations_are_followed_as_the_queries_are(task):
     assert len(sizes) > 2
 
 
-@pytest.mark.parametrize("regime,more", [*((regime, {}) for regime in common.REGIMES), ("implicit", dict(residuals="on"))])
+@pytest.mark.parametrize("regime,more", [*((regime, {}) for regime in common.REGIMES), ("implicit", dict(decoder="solve"))])
 def test_memory_does_not_grow_with_the_number_of_steps(task, regime, more):
     """Counts the tensors that autograd holds for a backward pass when each step yields."""
     model = make(regime, history=2, **more).train()
@@ -665,7 +673,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(task, regime, more):
     assert counts[0] > 0 and max(counts[1:]) <= counts[0]
 
 
-@pytest.mark.parametrize("regime,more", [*((regime, {}) for regime in common.REGIMES), ("implicit", dict(residuals="on"))])
+@pytest.mark.parametrize("regime,more", [*((regime, {}) for regime in common.REGIMES), ("implicit", dict(decoder="solve"))])
 def test_each_step_reads_its_own_mini_batch_and_the_state_before(task, regime, more):
     """Changing mini-batch k leaves the predictions before it alone and changes those from k on: the state carries it."""
     model = make(regime, **more).eval()
@@ -677,7 +685,7 @@ def test_each_step_reads_its_own_mini_batch_and_the_state_before(task, regime, m
     assert (moved[:2] == 0).all() and (moved[2:] > 1e-6).all()
 
 
-@pytest.mark.parametrize("case", [*CASES, dict(regime="implicit", residuals="on"), dict(regime="implicit", residuals="on", state="latent")], ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.parametrize("case", [*CASES, dict(regime="implicit", decoder="solve"), dict(regime="implicit", decoder="solve", mask="none", attention="linear")], ids=lambda case: "-".join(map(str, case.values())))
 def test_every_parameter_learns_and_the_initial_state_with_them(task, case):
     model = make(**case).train()
     for prediction in refine(model, task):

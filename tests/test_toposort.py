@@ -19,7 +19,7 @@ SHIFTS = {family: shift for shift, families in toposort.FAMILIES.items() for fam
 
 def toposort_args(**changes):
     sizes = dict(nodes=6, context=12, steps=3, width=16, depth=2, heads=2, history=1, seed=0)
-    plain = dict(mechanism="both", attention="softmax", update="residual", clock="none", state_scale=1.0, init="random", reading="attention", residuals="off", device="cpu", dtype="float32", compile=False, checkpoint=None)
+    plain = dict(mechanism="both", attention="softmax", update="residual", clock="none", state_scale=1.0, init="random", device="cpu", dtype="float32", compile=False, checkpoint=None)
     return argparse.Namespace(**(sizes | plain | changes))
 
 
@@ -479,8 +479,7 @@ def test_results_hold_all_columns_and_measures(finished):
         ("--state softmax", "--state logits"),
         ("--state latent", "--state logits"),
         ("--mask causal", "--mask none"),
-        ("--reading ridge", "--reading attention"),
-        ("--residuals on", "--residuals off"),
+        ("--decoder solve", "--decoder linear"),
         ("--queries 4", "--nodes"),
         ("--nodes 2", "--nodes"),
         ("--eval-nodes 2", "--eval-nodes"),
