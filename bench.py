@@ -5,10 +5,10 @@
     python bench.py --preset paper --device cuda --dtype bfloat16   # the paper's sizes, on a GPU
 
 A turn runs the script's own `train` for about half a second, on the same tasks as the other turns; all of it but the journal
-is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. Linreg has softmax attention,
-and implicit models have --reading attention: PyTorch's encoder has nothing else. These have --residuals off, with which a
-step's work does not depend on how many are to come; and all mini-batches are seen whole, the most that a step may draw in
-training with --mask none: so every step is the same work. The columns:
+is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. Linreg has softmax attention:
+PyTorch's encoder has no other. Implicit models have --decoder linear, with which a step's work does not depend on how many are
+to come; and all mini-batches are seen whole, the most that a step may draw in training with --mask none: so every step is the
+same work. The columns:
 
     ms          one training step: sampling, K refinement steps forward and backward, clipping, AdamW; median of the turns
     sampling    the part of it that draws the tasks, measured alone

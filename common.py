@@ -422,17 +422,17 @@ class Implicit(nn.Module):
         return memories, x, torch.cat([-self.rate * wrong, self.log_variance(h)], -1)
 
     def carry_over(self, x, wanted, query_x, visible):
-        """What observations want of the predictions at x, for those at query_x -> (B, Q, Y).
+        """What observations want of their own predictions, carried over to those of the queries by kernel ridge regression -> (B, Q, Y).
 
-        wanted (B, N, Y + 1) is that of `Parametric.pull_back`, and so is the change, k(query_x, x) (k(x, x) + diag(variance))^-1 wanted:
-        with k = phi . phi it is what that change of the weights does to the predictions. Here k may have any number of features.
+        wanted (B, N, Y + 1) holds changes and the log of a variance, as in `Parametric.pull_back`. With k = phi . phi the result,
+        k(query_x, x) (k(x, x) + diag(variance))^-1 wanted, is what that change of the weights does to predictions, too. Here k needs no finite phi.
         """
         wanted, variance = wanted[..., :-1], (wanted[..., -1].exp() + 1e-3).diag_embed()  # with less, float32 may not solve
         weights, system = self.kernel(query_x, x), self.kernel(x, x)
         if visible is None:
             return weights @ torch.linalg.solve_ex(system + variance, wanted)[0]
-        seen = visible[:, 0]  # (B, Q, N): a system for each query (B, Q, N, N), in which observations that it does not see stand alone
-        system = system[:, None] * seen[..., None] * seen[..., None, :] + variance[:, None]
+        seen = visible[:, 0]  # (B, Q, N): a system for each query (B, Q, N, N); weights of what it does not see come out 0
+        system = system[:, None] * seen[..., None] + variance[:, None]
         return torch.linalg.solve_ex(system, (weights * seen)[..., None])[0][..., 0] @ wanted
 
     def update(self, past, x, y, query_x, step=0):

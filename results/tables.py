@@ -81,7 +81,7 @@ def command(results):
     implicit = args.get("regime", "implicit") == "implicit"
     if implicit and script in ("mnist.py", "imagenet.py"):
         text += "".join(f" --{flag.replace('_', '-')} {value}" for flag, value in (("state_scale", "1"), ("init", "random")) if flag not in args)
-    if "-linear" in results.get("file", "") and not re.search("--(eval|decoder) ", text):
+    if "-linear" in results.get("file", "") and "--eval" not in text:
         text += " --decoder linear"
     if not implicit and args["decoder"] == "span" and "--decoder" not in text:
         text += " --decoder span"
@@ -144,13 +144,13 @@ def paper():
 def special():
     """Special cases of the framework, by the flags that make them, after as many steps as they are trained on."""
     rows = []
-    for name, file, flags, k in (
-        ("hypernetwork", "hypernetwork", "`--regime parametric --steps 1`", 1),
-        ("conditional neural process", "cnp", "`--regime explicit --steps 1`", 1),
-        ("in-context learning", "icl-linear", "`--regime implicit --decoder linear --steps 1`", 1),
-        ("learned optimizer", "grad", "`--regime parametric --signal grad`", 5),
+    for name, files, flags, k in (
+        ("hypernetwork", ("linreg-hypernetwork", "mnist-hypernetwork"), "`--regime parametric --steps 1`", 1),
+        ("conditional neural process", ("linreg-cnp", "mnist-cnp"), "`--regime explicit --steps 1`", 1),
+        ("in-context learning", ("linreg-icl-linear", "mnist-linear-loud-icl"), "`--regime implicit --decoder linear --steps 1`", 1),
+        ("learned optimizer", ("linreg-grad", "mnist-grad"), "`--regime parametric --signal grad`", 5),
     ):
-        regression, images = read(f"linreg-{file}"), read(f"mnist-{file}")
+        regression, images = map(read, files)
         errors = at(regression["metrics"]["id"], k, 3), at(images["metrics"]["id"], k)
         rows.append([name, flags, k, *errors, f"{regression['seeds']} and {images['seeds']}"])
     return table(["special case", "flags of `linreg.py` and `mnist.py`", "steps", "linear regression", "MNIST, error %", "seeds"], rows)

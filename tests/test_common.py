@@ -3,6 +3,7 @@
 import argparse
 import gc
 import itertools
+import math
 import os
 import sys
 import weakref
@@ -322,7 +323,7 @@ def test_what_is_carried_over_equals_a_regression_for_each_query_on_what_it_sees
         for b, i in itertools.product(range(B), range(Q)):
             n = N if visible is None else int(visible[b, 0, i].sum())
             query, keys, asked = query_x[b, i].numpy(), x[b, :n].numpy(), wanted[b, :n].numpy()
-            system = np.array([[kernel(a, c) for c in keys] for a in keys]) + np.diag(np.exp(asked[:, -1]))
+            system = np.array([[kernel(a, c) for c in keys] for a in keys]) + np.diag(np.exp(asked[:, -1]) + 1e-3)
             expected = np.array([kernel(query, c) for c in keys]) @ np.linalg.solve(system, asked[:, :-1])
             close(found[b, i], torch.tensor(expected, dtype=torch.float32), 1e-4)
 
@@ -331,8 +332,24 @@ def test_what_is_carried_over_is_what_solved_weights_predict():
     """With the linear kernel, implicit and parametric models make the same of what observations want."""
     wanted, x, query_x = torch.randn(B, N, Y + 1), torch.randn(B, N, X), torch.randn(B, Q, X)
     implicit, parametric = make("implicit", decoder="solve", attention="linear"), make("parametric", decoder="solve", mask="none")
-    weights = parametric.pull_back(x * X**-0.5, wanted)
+    bounded = torch.cat([wanted[..., :Y], (wanted[..., Y:].exp() + 1e-3).log()], -1)
+    weights = parametric.pull_back(x * X**-0.5, bounded)
     close(implicit.carry_over(x, wanted, query_x, None), parametric.apply_to(query_x * X**-0.5, weights)[0], 1e-4)
+
+
+def test_implicit_refinement_without_corrections_is_ridge_regression_of_what_is_left(task):
+    """With the linear kernel and one variance for all, each mini-batch adds the ridge regression of its residuals, weights in numpy."""
+    model, noise = make("implicit", decoder="solve", attention="linear", mask="none").eval(), 0.3
+    with torch.no_grad():
+        for p in (model.initial, *model.decoder.parameters(), model.log_variance.weight):
+            p.zero_()
+        model.log_variance.bias.fill_(math.log(noise - 1e-3))
+        model.rate.fill_(0.5)
+    weights = np.zeros((B, X, Y))
+    for prediction, x, y in zip(refine(model, task), task.context_x.numpy(), task.context_y.numpy()):
+        for b in range(B):
+            weights[b] += np.linalg.solve(x[b].T @ x[b] + X * noise * np.eye(X), x[b].T @ (y[b] - x[b] @ weights[b]))
+        close(prediction[0].double(), torch.tensor(task.query_x.numpy() @ weights), 1e-4)
 
 
 @pytest.mark.parametrize("regime", ("parametric", "explicit", "implicit"))
