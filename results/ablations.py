@@ -91,6 +91,7 @@ GROUPS = {
     "MNIST: state that a query sees (implicit, decoder linear)": (MNIST + PLAIN, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),
     "dtype (parametric)": (LINREG, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: clock (implicit, decoder linear)": (MNIST + PLAIN, {"none": "", "steps": "--clock steps"}),
+    "MNIST: dtype (implicit, decoder linear)": (MNIST + PLAIN + " --init random --state-scale 1", {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: dtype (implicit)": (MNIST, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: state (implicit, decoder linear)": (MNIST + PLAIN, {"logits": "", "softmax": "--state softmax", "latent": "--state latent"}),
     "exercise 1: steps in training (parametric)": (LINREG, {"5": "", "1": "--steps 1 --eval-steps 10"}),
