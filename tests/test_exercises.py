@@ -31,12 +31,12 @@ def test_an_edit_that_no_longer_fits_is_named(tmp_path, monkeypatch):
 
 
 def test_the_figure_is_drawn_from_the_file(tmp_path, monkeypatch):
-    """With every group's runs at hand, and none trained here."""
+    """With the runs of every group that is in the file at hand, and none trained here."""
     rows = json.loads((ablations.HERE / "ablations.json").read_text())
     summaries = iter([row for variants in rows.values() for row in variants.values()])
     monkeypatch.setattr(ablations, "summarize", lambda base, change: next(summaries))
     monkeypatch.setattr(ablations, "HERE", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ablations.py"])
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *rows])
     ablations.main()
     assert json.loads((tmp_path / "ablations.json").read_text()) == rows
     assert (tmp_path / "ablations.png").read_bytes().startswith(b"\x89PNG")
