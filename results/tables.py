@@ -81,8 +81,9 @@ def command(results):
     implicit = args.get("regime", "implicit") == "implicit"
     if implicit and script in ("mnist.py", "imagenet.py"):
         text += "".join(f" --{flag.replace('_', '-')} {value}" for flag, value in (("state_scale", "1"), ("init", "random")) if flag not in args)
-    if "-linear" in results.get("file", "") and "--eval" not in text:
-        text += " --decoder linear"
+    if "-linear" in results.get("file", ""):
+        before, text = text, re.sub("(?<=--eval out/)[^/]+", results["file"].removeprefix("scaling-"), text)  # its checkpoint knows
+        text += " --decoder linear" * (text == before)
     if not implicit and args["decoder"] == "span" and "--decoder" not in text:
         text += " --decoder span"
     if script == "linreg.py" and args.get("clock", "none") == "none" and "--clock" not in text:

@@ -25,6 +25,11 @@ def test_the_tables_are_those_of_the_results():
     assert sorted(re.findall(r"<!-- table: (\w+) -->", README + RESULTS_PAGE)) == sorted(tables.TABLES), "each table is shown, and once"
 
 
+def test_no_two_results_are_shown_with_the_same_command():
+    commands = [tables.command(tables.read(name.removesuffix(".json"))) for name in RESULTS if ".seed" not in name]
+    assert len(set(commands)) == len(commands)
+
+
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_result_names_the_command_the_data_and_the_machine_it_is_from(name):
     results = json.load(open(os.path.join(ROOT, "results", name)))
