@@ -592,12 +592,16 @@ def path(text):
 
 count = number(int, 1)
 
+# --method paper: those of the paper's choices that are flags and not the default of every script.
+PAPER = dict(decoder="linear", update="direct", attention="softmax", clock="none", state_scale=1.0, init="random", basis="linear", history=1)
+
 
 def make_parser(script, doc, eval_steps=False):
     """The flags that all scripts share; a script adds its own and sets the defaults that are missing here."""
     parser = Parser(prog=f"{script}.py", description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("the method").add_argument
     add("--regime", choices=REGIMES, help="what persists between steps: weights, a latent, or each query's prediction")
+    add("--method", choices=("ours", "paper"), default="ours", help=f"paper: what the paper does, so far as flags go ({' '.join(spell(*choice) for choice in PAPER.items())})")
     add("--steps", type=count, help="K, refinement steps; each sees a fresh mini-batch")
     add("--signal", choices=("data", "grad", "both"), default="data", help="what tokens carry: observations, their gradients, or both")
     add("--mask", choices=("causal", "none"), default="none", help="causal: all context sizes in one pass; none: one random size a step")
@@ -626,7 +630,7 @@ def make_parser(script, doc, eval_steps=False):
     if eval_steps:
         add("--eval-steps", type=count, metavar="S", help="mini-batches that the evaluation goes up to (default: 2K)")
     add("--seed", type=number(int, 0), default=0, help="seeds weights and training data; evaluation tasks never change")
-    add("--preset", choices=("laptop", "paper"), default="laptop", help="laptop: the defaults; paper: the paper's scale, for one GPU")
+    add("--preset", choices=("laptop", "paper"), default="laptop", help="the scale: laptop, the defaults, or the paper's, for one GPU")
     add = parser.add_argument_group("the machine and the files").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the transformer; states and losses stay in float32")
@@ -651,7 +655,7 @@ def spell(flag, value):
 def parse_args(parser, presets, argv=None):
     """Reads the flags and checks all that can be checked before any work. Exits with code 2 and one line if it fails.
 
-    A flag is what is given, or else what the checkpoint (or the preset) has, or else the script's default.
+    A flag is what is given, or else what the checkpoint (or the preset, or the method) has, or else the script's default.
     args.checkpoint holds what --resume or --eval loaded, else None; args.description what the run is, for its files.
     """
     argv, script = sys.argv[1:] if argv is None else argv, parser.prog.removesuffix(".py")
@@ -665,7 +669,7 @@ def parse_args(parser, presets, argv=None):
         fail("--plot-only DIR only redraws: give it alone")
     if "resume" in given and given.keys() & {"eval", "out", "overwrite"}:
         fail("--resume DIR goes on in DIR, with the same flags: drop --eval, --out and --overwrite")
-    checkpoint, before = None, presets.get(given.get("preset"), {})
+    checkpoint, before = None, presets.get(given.get("preset"), {}) | (PAPER if given.get("method") == "paper" else {})
     if "resume" in given or "eval" in given:
         file = given.get("eval") or os.path.join(given["resume"], "checkpoint.pt")
         checkpoint = load_checkpoint(file, script)

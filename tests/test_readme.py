@@ -11,7 +11,7 @@ import pytest
 
 import common
 
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 import tables
 
@@ -44,6 +44,16 @@ def test_commands_are_understood(script, flags, monkeypatch):
         pytest.skip("no training run")
     flags = re.sub(r"--eval \S+", "", flags)  # of a checkpoint that a test does not have
     importlib.import_module(script).get_args(shlex.split(flags) + ["--device", "cpu"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_method_of_the_paper_is_what_the_page_says_and_gives_way_to_what_is_asked(script):
+    get_args = importlib.import_module(script).get_args
+    shown = re.search(r"`--method paper` stands for `(.+?)`", README.replace("\n", " "))[1].split(" --")
+    wanted = dict(flag.removeprefix("--").replace("-", "_").split() for flag in shown)
+    args = vars(get_args(["--method", "paper", "--device", "cpu"]))
+    assert {flag: str(args[flag]) for flag in wanted} == wanted | {"state_scale": "1.0"}
+    assert get_args(["--method", "paper", "--history", "2", "--device", "cpu"]).history == 2
 
 
 def test_excerpts_are_in_the_source():

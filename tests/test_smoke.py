@@ -34,6 +34,7 @@ VARIANTS = [
     "--regime implicit --clock steps",
     "--regime explicit --clock steps",
     "--regime explicit --decoder linear --update direct",
+    *(f"--regime {regime} --method paper" for regime in ("parametric", "explicit", "implicit")),
 ]
 KEYS = "command script args data device dtype threads torch seed parameters iterations train_seconds cpu_seconds metrics baselines".split()
 

@@ -66,6 +66,8 @@ FLAGS = [  # flags, what the line must name
     ("--mask lower", "--mask"),
     ("--state gas", "--state"),
     ("--preset huge", "--preset"),
+    ("--method mine", "--method"),
+    ("--method paper --decoder solve", "--update"),
     ("--device mps", "float64"),
     ("--dtype float8", "--dtype"),
     ("--width 9 --heads 2", "--heads"),
@@ -183,7 +185,7 @@ def test_an_optimizer_that_does_not_fit_is_refused_when_resuming(optimizer, fini
     refused(capsys, "checkpoint", "linreg", "--resume", folder, tiny=False)
 
 
-@pytest.mark.parametrize("flags", ("--width 16", "--steps 3", "--seed 1", "--preset paper", "--regime implicit", "--iters 5"))
+@pytest.mark.parametrize("flags", ("--width 16", "--steps 3", "--seed 1", "--preset paper", "--method paper", "--regime implicit", "--iters 5"))
 def test_flags_that_contradict_the_checkpoint(flags, finished_copy, capsys):
     folder = finished_copy("linreg")
     for source in (("--resume", folder), ("--eval", folder / "checkpoint.pt")):
