@@ -687,7 +687,7 @@ def parse_args(parser, presets, argv=None):
     check(args, given)
     if "eval_steps" in what:
         args.eval_steps = args.eval_steps or 2 * args.steps
-    args.device, args.dtype, reason = pick_device(args.device, args.dtype)
+    args.device, args.dtype, args.reason = pick_device(args.device, args.dtype)
     name = [script, *(f"{flag}_{given[flag]}" for flag in sorted(given.keys() - FREE) if given[flag] != parser.get_default(flag))]
     usual = os.path.join(os.path.dirname(args.eval), "eval") if args.eval else "out/" + "-".join(name)
     args.out_given, args.out = bool(args.out), args.resume or args.out or usual
@@ -696,7 +696,6 @@ def parse_args(parser, presets, argv=None):
     if args.resume:  # a run keeps its own, and what is changed for its evaluation
         command = " ".join([checkpoint["command"], *(spell(flag, given[flag]) for flag in sorted(given.keys() & (FREE - MACHINE)))])
     args.checkpoint, args.description = checkpoint, {"command": command, "script": script, "args": what}
-    print(f"device {args.device}, dtype {args.dtype} ({reason}), {torch.get_num_threads()} threads; writes to {args.out}")
     return args
 
 
@@ -813,7 +812,7 @@ def load_checkpoint(path, script):
 
 
 def place(model, args):
-    """The model on its device and in its dtype, with the checkpoint's weights if there are any."""
+    """The model on its device and in its dtype, with the checkpoint's weights if there are any; prints these, and where the run writes to."""
     if args.checkpoint:
         with or_fail("the checkpoint's weights do not fit the model that its flags describe"):
             model.load_state_dict(args.checkpoint["model"])
@@ -822,6 +821,7 @@ def place(model, args):
     if args.compile:
         for block in model.transformer.blocks:
             block.compile()
+    print(f"device {args.device}, dtype {args.dtype} ({args.reason}), {torch.get_num_threads()} threads; writes to {args.out}")
     return model
 
 

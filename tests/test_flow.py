@@ -129,7 +129,7 @@ def test_exact_field_of_one_cluster_is_the_gaussian_one():
 def test_generating_with_memories_equals_the_greedy_loop():
     """One Euler step of size 1 from t = 0: noise + the velocity that `common.refine` gives, with the same mini-batches."""
     torch.manual_seed(0)
-    args = mog_args(width=16, heads=2, depth=2, history=2, mask="none", state="logits", attention="softmax", update="residual", clock="steps", state_scale=0.5, init="rotation", decoder="linear", solver="euler", ode_steps=1, seed=0, checkpoint=None)
+    args = mog_args(width=16, heads=2, depth=2, history=2, mask="none", state="logits", attention="softmax", update="residual", clock="steps", state_scale=0.5, init="rotation", decoder="linear", solver="euler", ode_steps=1, seed=0, checkpoint=None, reason="as asked", out="nowhere")
     args.regime, args.dtype, args.compile = "implicit", "float32", False
     model = mog_flow.make_model(args).eval()
     batches, noise = torch.randn(3, 4, 6, 2), torch.randn(4, 7, 2)

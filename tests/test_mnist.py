@@ -349,6 +349,7 @@ def test_auto_falls_back_to_drawn_digits_loudly_and_says_so_in_everything_it_wri
     printed = capsys.readouterr().out
     assert "WARNING" in printed and "GLYPHS" in printed
     (folder,) = os.listdir("out")
+    assert f"writes to out/{folder}\n" in printed
     results = json.load(open(f"out/{folder}/results.json"))
     assert "glyphs" in folder and "not MNIST" in results["data"] and results["args"]["dataset"] == "glyphs"
     assert "letters" in results["metrics"]["ood"]["data"] and "glyphs" in results["metrics"]["id"]["data"]

@@ -19,7 +19,7 @@ SHIFTS = {family: shift for shift, families in toposort.FAMILIES.items() for fam
 
 def toposort_args(**changes):
     sizes = dict(nodes=6, context=12, steps=3, width=16, depth=2, heads=2, history=1, seed=0)
-    plain = dict(mechanism="both", attention="softmax", update="residual", clock="none", state_scale=1.0, init="random", device="cpu", dtype="float32", compile=False, checkpoint=None)
+    plain = dict(mechanism="both", attention="softmax", update="residual", clock="none", state_scale=1.0, init="random", device="cpu", dtype="float32", compile=False, checkpoint=None, reason="as asked", out="nowhere")
     return argparse.Namespace(**(sizes | plain | changes))
 
 

@@ -34,7 +34,9 @@ def refused(capsys, culprit, script, *flags, tiny=True):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         call(script, *flags, tiny=tiny)
-    assert_refused(stop.value.code, capsys.readouterr().err, culprit, before)
+    printed = capsys.readouterr()
+    assert_refused(stop.value.code, printed.err, culprit, before)
+    return printed.out
 
 
 # ---------------------------------------------------------------- flags
@@ -103,7 +105,7 @@ FLAGS = [  # flags, what the line must name
 @pytest.mark.parametrize("flags,culprit", FLAGS, ids=[flags for flags, _ in FLAGS])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_that_are_unknown_out_of_range_or_contradict_each_other(script, flags, culprit, capsys):
-    refused(capsys, culprit, script, flags)
+    assert not refused(capsys, culprit, script, flags), "it says nothing of a run that will not be"
 
 
 @pytest.mark.parametrize(
