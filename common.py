@@ -24,7 +24,7 @@ import time
 import warnings
 from pathlib import Path
 
-if sys.argv[1:2] in (["-h"], ["--help"]):  # argparse will answer and leave: stand-ins spare the seconds that torch takes to load
+if sys.argv[1:2] in (["-h"], ["--help"]):  # argparse will answer and leave: stand-ins spare the seconds that torch takes
     from unittest.mock import MagicMock
 
     inner = ("distributed", "nn", "nn.attention", "nn.functional", "utils._python_dispatch", "utils.flop_counter")
@@ -93,9 +93,9 @@ def mini_batches(model, task):
 
 
 def residuals(loss, predictions, y):
-    """Gradient of each observation's loss in its prediction, p - y for cross-entropy and twice that for squares: (B, N, Y) and (B, N, Y) -> (B, N, Y).
+    """Gradient of each observation's loss in its prediction: p - y for cross-entropy, and twice that for squares.
 
-    An input of the model, as the gradients are: nothing flows back into it.
+    Predictions and y are (B, N, Y), and so is the result. An input of the model, as the gradients are: nothing flows back into it.
     """
     with torch.enable_grad():
         predictions = predictions.detach().requires_grad_()
@@ -117,7 +117,7 @@ def draw_size(N, shape, device="cpu"):
 
 def softmax_attention(q, k, v, visible=None, causal=False):
     """softmax(q . k) v over the visible tokens; q (B, heads, S, C), k and v (B, heads, N, C), visible a boolean mask or None."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose kernel's backward pass is many times slower than float32's
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # the kernel's backward pass is many times slower than in float32
         if k.shape[-2] <= 256:  # two plain products beat both kernels while attention maps fit the cache
             scores = ((q * q.shape[-1] ** -0.5) @ k.mT).float()
             visible = prefixes(scores) if causal else visible
@@ -148,7 +148,10 @@ def linear_attention(q, k, v, visible=None, causal=False):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: `nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0, activation="gelu", norm_first=True)` in the open."""
+    """Pre-norm transformer block, in the open.
+
+    `nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0, activation="gelu", norm_first=True)` does the same.
+    """
 
     def __init__(self, width, heads, attention="softmax"):
         super().__init__()
@@ -210,7 +213,7 @@ class Transformer(nn.Module):
         return self.norm(x.float())
 
     def encode(self, x, causal):
-        """Context tokens x (B, N, D) -> the keys and values of every layer, and what enters the last one. They do not depend on any query."""
+        """Context tokens x (B, N, D) -> the keys and values of every layer, and what enters the last. No query plays a part."""
         (*inner, last), memories = self.blocks, []
         with self.autocast(x):
             for block in inner:
@@ -269,7 +272,7 @@ class Parametric(nn.Module):
         return self.apply_to(self.basis(x), states)
 
     def apply_to(self, phi, states):
-        """basis(x) @ weights.T, in one product for all prefixes, and in the order whose backward pass is several times faster on a CPU."""
+        """basis(x) @ weights.T, all prefixes in one product, in the order whose backward pass is much faster on a CPU."""
         weights = states.unflatten(-1, (self.y_dim, -1)).transpose(0, 1).flatten(1, 2)  # (B, T Y, F)
         return (weights @ phi.mT).unflatten(1, (len(states), -1)).transpose(0, 1).mT
 
@@ -285,11 +288,13 @@ class Parametric(nn.Module):
         of the weights that does so, J^T (J J^T + diag(variance))^-1 wanted: a posterior mean, if observations were so noisy.
         """
         N = phi.shape[1]
-        prefix = torch.ones(N, N, device=phi.device).tril() if self.causal and self.training else torch.ones(1, N, device=phi.device)
+        prefix = torch.ones(1, N, device=phi.device)  # (T, N)
+        if self.causal and self.training:
+            prefix = prefix.expand(N, N).tril()
         parts = prefix[..., None] * wanted[:, None, :, : self.y_dim]  # (B, T, N, Y)
         if self.solve:
-            kernel = (phi @ phi.mT)[:, None] * prefix[..., None]  # (B, T, N, N): equations of the prefix; parts beyond it come out 0
-            # solve_ex, which does not check: a system without a solution ends in a loss that is not finite, which the journal names.
+            kernel = (phi @ phi.mT)[:, None] * prefix[..., None]  # (B, T, N, N): the prefix; parts beyond it come out 0
+            # solve_ex does not check: a system without a solution ends in a loss that is not finite, which the journal names.
             parts = torch.linalg.solve_ex(kernel + wanted[:, None, :, -1].exp().diag_embed(), parts)[0]
         change = parts.mT.flatten(1, 2) @ phi  # (B, T Y, F): all prefixes in one product
         return change.unflatten(1, (len(prefix), -1)).flatten(2).transpose(0, 1)
@@ -422,10 +427,11 @@ class Implicit(nn.Module):
         return memories, x, torch.cat([-self.rate * wrong, self.log_variance(h)], -1)
 
     def carry_over(self, x, wanted, query_x, visible):
-        """What observations want of their own predictions, carried over to those of the queries by kernel ridge regression -> (B, Q, Y).
+        """What observations want of their own predictions, carried over to the queries by kernel ridge regression -> (B, Q, Y).
 
-        wanted (B, N, Y + 1) holds changes and the log of a variance, as in `Parametric.pull_back`. With k = phi . phi the result,
-        k(query_x, x) (k(x, x) + diag(variance))^-1 wanted, is what that change of the weights does to predictions, too. Here k needs no finite phi.
+        wanted (B, N, Y + 1) holds changes and the log of a variance, as in `Parametric.pull_back`. With k = phi . phi the
+        result, k(query_x, x) (k(x, x) + diag(variance))^-1 wanted, is what that change of the weights does to predictions,
+        too. Here k needs no finite phi.
         """
         wanted, variance = wanted[..., :-1], (wanted[..., -1].exp() + 1e-3).diag_embed()  # with less, float32 may not solve
         weights, system = self.kernel(query_x, x), self.kernel(x, x)
@@ -1013,7 +1019,8 @@ def read_results(out, script):
     return results
 
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#999999")  # seven are told apart by the colour-blind too
+# The first seven are told apart by the colour-blind, too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#999999")
 
 
 def log_axis(ax, which):

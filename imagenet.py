@@ -62,7 +62,8 @@ def get_args(argv=None):
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA") or "data", help="its features/ holds them (default: $IAI_DATA or data/)")
     add("--ways", type=common.number(int, 2), default=20, help="classes of a task")
     add("--dim", type=common.count, default=128, help="leading principal components of the features that are kept, at most")
-    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=2500, lr=3e-3, width=128, heads=1, state_scale=0.1, init="rotation", basis="fourier", hidden=1024)
+    parser.set_defaults(regime="implicit", steps=5, context=100, queries=64, tasks=8, iters=2500, lr=3e-3)
+    parser.set_defaults(width=128, heads=1, state_scale=0.1, init="rotation", basis="fourier", hidden=1024)
     return common.parse_args(parser, PRESETS, argv)
 
 

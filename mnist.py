@@ -10,6 +10,7 @@ Out of distribution: the other dataset. The metric is the error in %; guessing c
     python mnist.py --regime explicit               # those of a trained network's last layer: 33% and 18%
 """
 
+import collections
 import gzip
 import http.client
 import os
@@ -37,7 +38,8 @@ def get_args(argv=None):
     add("--dataset", choices=("auto", "mnist", "fmnist", "glyphs"), default="auto", help="auto: mnist, or drawn digits where it cannot be had")
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA") or "data", help="where torchvision's MNIST/ and FashionMNIST/ lie or go (default: $IAI_DATA or data/)")
     add("--dim", type=common.count, default=100, help="dimension of the random projection")
-    parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=8, iters=3000, lr=3e-3, width=128, heads=1, state_scale=0.1, init="rotation", basis="fourier", hidden=1024)
+    parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=8, iters=3000, lr=3e-3)
+    parser.set_defaults(width=128, heads=1, state_scale=0.1, init="rotation", basis="fourier", hidden=1024)
     return common.parse_args(parser, PRESETS, argv)
 
 
@@ -96,7 +98,8 @@ def draw_glyphs(characters, size, seed):
     from PIL import Image, ImageDraw, ImageFont
 
     fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    faces = sorted(p for stem in ("DejaVuS", "STIXGeneral", "cmb", "cmr", "cmss", "cmtt") for p in fonts.glob(f"{stem}*.ttf") if "Display" not in p.name)
+    stems = ("DejaVuS", "STIXGeneral", "cmb", "cmr", "cmss", "cmtt")
+    faces = sorted(p for stem in stems for p in fonts.glob(f"{stem}*.ttf") if "Display" not in p.name)
     drawn = []
     for face in faces:
         for character in characters:
@@ -245,7 +248,8 @@ def nearest_neighbour(x, y, query_x):
 def kernel_ridge(x, y, query_x, ridge=0.1):
     """A Gaussian process on the labels, kernel exp(-|x - x'|^2 / dim), ridge picked on tasks that are not evaluated.
 
-    x (B, n, dim), y (B, n, C), query_x (B, Q, dim) -> how far its answers are from the prior mean 1 / C (B, Q, C), their variance without noise (B, Q, 1).
+    x (B, n, dim), y (B, n, C), query_x (B, Q, dim) -> how far its answers are from the prior mean 1 / C (B, Q, C), and
+    their variance without noise (B, Q, 1).
     """
     kernel = lambda a, b: (-torch.cdist(a, b).square() / a.shape[-1]).exp()
     to_query = kernel(x, query_x)  # (B, n, Q)
@@ -256,15 +260,18 @@ def kernel_ridge(x, y, query_x, ridge=0.1):
 def evaluate(model, images, dataset, args):
     """The model after 0 ... S fresh mini-batches (--eval-steps, or 2K), beside rivals that are given exactly the data it has seen so far."""
     steps = list(range(1, args.eval_steps + 1))
-    ours, rivals = [], {name: [] for name in ("kernel ridge", "kernel ridge, one a batch", "logistic regression", "nearest neighbour", "majority label")}
-    tasks = common.evaluation_tasks(lambda B: sample_tasks(images, B, args.eval_steps, args), args.eval_tasks, stream=list(NAMES).index(dataset))
-    for task in tasks:
+    ours, rivals = [], collections.defaultdict(list)
+    sample = lambda B: sample_tasks(images, B, args.eval_steps, args)
+    for task in common.evaluation_tasks(sample, args.eval_tasks, stream=list(NAMES).index(dataset)):
         ours.append(common.evaluate(model, task, error))
-        w, product, rows = torch.zeros(len(task.query_x), args.dim + 1, CLASSES, device=args.device), 0, {name: [] for name in rivals}
+        w, product = torch.zeros(len(task.query_x), args.dim + 1, CLASSES, device=args.device), 0
+        rows = collections.defaultdict(list)
         for k in steps:
             x, y = common.seen(task, k)
             answer, variance = kernel_ridge(task.context_x[k - 1], task.context_y[k - 1], task.query_x)
-            product = product + answer / variance  # of the posteriors given each mini-batch alone, up to a factor that all labels share: what a state of one answer a query can do
+            # Of the posteriors given each mini-batch alone, up to a factor that all labels share: a reference for states of
+            # one answer a query.
+            product = product + answer / variance
             w = logistic_regression(x, y, w)
             rows["kernel ridge"].append(kernel_ridge(x, y, task.query_x)[0])
             rows["kernel ridge, one a batch"].append(product)

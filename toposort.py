@@ -384,7 +384,8 @@ def contenders(model, raw, batches, luck):
     return {
         OURS: lambda k, nodes: infer(model, seen(k, nodes)),
         "vote, no state": lambda k, nodes: sum(infer(model, batch[None]).softmax(-1) for batch in seen(k, nodes)) / k,
-        "one step on all rows": lambda k, nodes: torch.cat([infer(model, few[None]) for few in pooled(k, nodes).split(8)]),  # in parts, for memory
+        # in parts, for memory
+        "one step on all rows": lambda k, nodes: torch.cat([infer(model, few[None]) for few in pooled(k, nodes).split(8)]),
         "random order": lambda k, nodes: luck[:, nodes.shape[1] - 1, : nodes.shape[1]],  # another one at every stage
         "largest R2": lambda k, nodes: -unexplained(pooled(k, nodes)),
         "smallest R2": lambda k, nodes: unexplained(pooled(k, nodes)),
