@@ -415,12 +415,15 @@ class Implicit(nn.Module):
         """States (T, B, Q, P) -> predictions (T, B, Q, Y)."""
         return self.decoder(states) if self.kind == "latent" else states
 
-    def encode(self, x, y):
-        """A mini-batch x (B, N, X), y (B, N, Y or 2 Y) -> what queries read of it, whatever they are.
+    def encode(self, x, y, step=0):
+        """A mini-batch x (B, N, X), y (B, N, Y or 2 Y), after `step` others -> what queries read of it, whatever they are.
 
         The keys and values of every layer, x, and with --decoder solve what the observations want (B, N, Y + 1).
         """
-        memories, h = self.transformer.encode(self.observation(torch.cat([x, y], -1)), self.causal)
+        tokens = self.observation(torch.cat([x, y], -1))
+        if self.shows_residuals and self.clock is not None:  # how far a residual is to be trusted depends on how much came before
+            tokens = tokens + self.clock / (step + 1)
+        memories, h = self.transformer.encode(tokens, self.causal)
         if not self.shows_residuals:
             return memories, x, None
         wrong = y.chunk(2, -1)[1]
@@ -448,7 +451,7 @@ class Implicit(nn.Module):
             B, Q, _ = query_x.shape
             size = own(draw_size(N, (RANKS * B, Q, 1), x.device))  # drawn for the tasks of all ranks, to keep this one's
             visible = (torch.arange(N, device=x.device) < size)[:, None]  # (B, 1, Q, N)
-        return self.read(past, self.encode(x, y), query_x, visible, step)
+        return self.read(past, self.encode(x, y, step), query_x, visible, step)
 
     def read(self, past, encoded, query_x, visible=None, step=0):
         """`update` from an encoded mini-batch, of which each query sees what `visible` (B, 1, Q, N) says."""

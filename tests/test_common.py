@@ -139,6 +139,17 @@ def test_a_clock_tells_how_many_mini_batches_came_before(task, regime):
     close(quarter, with_clock.update(past, x, y, task.query_x, 3))
 
 
+def test_with_a_clock_observations_say_how_far_to_trust_them_by_what_came_before(task):
+    """Where the decoder solves, the variance is that of observations alone: they need the clock as much as queries do."""
+    x, y = task.context_x[0], torch.randn(B, N, 2 * Y)
+    for clock in ("steps", "none"):
+        model = make("implicit", decoder="solve", clock=clock).eval()
+        nn.init.normal_(model.log_variance.weight)
+        early, late = (model.encode(x, y, step)[2] for step in (0, 3))
+        assert torch.equal(early[..., :-1], late[..., :-1]), "what residuals ask for is the same"
+        assert ((early[..., -1] - late[..., -1]).abs().max() > 1e-4) == (clock == "steps")
+
+
 def test_half_of_the_prefixes_are_whole_and_each_query_and_task_draws_its_own(task, monkeypatch):
     model, seen = make("implicit").train(), []
     monkeypatch.setattr(model.transformer, "read", lambda tokens, memories, visible: seen.append(visible) or tokens)
