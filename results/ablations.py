@@ -90,6 +90,7 @@ GROUPS = {
     "MNIST: output (implicit, decoder linear)": (MNIST + PLAIN, {"a change": "", "the next state": "--update direct"}),
     "MNIST: state that a query sees (implicit, decoder linear)": (MNIST + PLAIN, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),
     "dtype (parametric)": (LINREG, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
+    "MNIST: clock (implicit)": (MNIST, {"none": "", "steps": "--clock steps"}),
     "MNIST: clock (implicit, decoder linear)": (MNIST + PLAIN, {"none": "", "steps": "--clock steps"}),
     "MNIST: dtype (implicit, decoder linear)": (MNIST + PLAIN + " --init random --state-scale 1", {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: dtype (implicit)": (MNIST, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),

@@ -86,7 +86,7 @@ def command(results):
         text += " --decoder linear" * (text == before)
     if not implicit and args["decoder"] == "span" and "--decoder" not in text:
         text += " --decoder span"
-    if script == "linreg.py" and args.get("clock", "none") == "none" and "--clock" not in text:
+    if script == "linreg.py" and args.get("clock", "none") == "none" and not re.search("--(clock|method)", text):
         text += " --clock none"
     return f"`{text}{edited}`"
 
@@ -142,6 +142,17 @@ def paper():
     return table(["command", "seeds", "minutes", "data", "after 1", "5", "10", "paper after 1 / 5 / 10", "baselines after 5"], rows)
 
 
+def method():
+    """The paper's choices, all at once, beside this code's."""
+    rows = []
+    for name in ("linreg-parametric", "linreg-explicit", "linreg-implicit", "mnist-parametric", "mnist-explicit", "mnist-implicit"):
+        theirs, ours = read(f"method-{name}"), read(name.removesuffix("-parametric" if "linreg" in name else "-implicit"))
+        m, digits = theirs["metrics"]["id"], 3 if theirs["script"] == "linreg" else 1
+        beside = " / ".join(f"{value(ours['metrics']['id'], k):.{digits}f}" for k in (1, 5, 10))
+        rows.append([command(theirs), theirs["seeds"], minutes(theirs), m["name"], *cells(m, (1, 5, 10), digits), beside])
+    return table(["command", "seeds", "minutes", "error", "after 1", "5", "10", "this code's choices after 1 / 5 / 10"], rows)
+
+
 def special():
     """Special cases of the framework, by the flags that make them, after as many steps as they are trained on."""
     rows = []
@@ -162,7 +173,7 @@ def lengths():
     files = {
         "parametric regression": ("linreg-hypernetwork", "linreg", "linreg-k10"),
         "parametric regression, no clock": ("linreg-noclock", "linreg-k10-noclock"),
-        "implicit regression": ("linreg-icl", "linreg-implicit"),
+        "implicit regression": ("linreg-icl", "linreg-implicit", "linreg-implicit-k10"),
         "the same, read off one token": ("linreg-icl-linear", "linreg-implicit-linear", "linreg-implicit-linear-k10"),
         "the same, no clock": ("linreg-implicit-linear-noclock", "linreg-implicit-linear-k10-noclock"),
         "implicit MNIST, error %": ("mnist",),
@@ -248,7 +259,7 @@ def mnist():
 def fmnist():
     """The other direction: trained on FashionMNIST."""
     return errors({
-        "fmnist-linear": ("22.8 / 18.8", "29.1 / 16.9"), "fmnist-parametric": ("35.9 / 30.8", "38.8 / 31.3"), "fmnist-explicit": ("90.0 / 90.0", "90.3 / 90.2"),
+        **dict.fromkeys(("fmnist", "fmnist-linear"), ("22.8 / 18.8", "29.1 / 16.9")), "fmnist-parametric": ("35.9 / 30.8", "38.8 / 31.3"), "fmnist-explicit": ("90.0 / 90.0", "90.3 / 90.2"),
     })  # fmt: skip
 
 
@@ -311,7 +322,7 @@ def sampler():
     return f"{what}; both in equal parts, as in training: {loop / ours:.1f} times."
 
 
-TABLES = {f.__name__: f for f in (bench, quick, linreg, paper, special, lengths, mnist, fmnist, imagenet, flow, toposort, graphs, ablations, scaling, race, cost)}
+TABLES = {f.__name__: f for f in (bench, quick, linreg, paper, method, special, lengths, mnist, fmnist, imagenet, flow, toposort, graphs, ablations, scaling, race, cost)}
 
 
 def fill(text):
