@@ -95,7 +95,8 @@ def mini_batches(model, task):
 def residuals(loss, predictions, y):
     """Gradient of each observation's loss in its prediction: p - y for cross-entropy, and twice that for squares.
 
-    Predictions and y are (B, N, Y), and so is the result. An input of the model, as the gradients are: nothing flows back into it.
+    Predictions and y are (B, N, Y), and so is the result. It is an input of the model, as the gradients are: nothing flows
+    back into it.
     """
     with torch.enable_grad():
         predictions = predictions.detach().requires_grad_()
@@ -421,8 +422,8 @@ class Implicit(nn.Module):
         The keys and values of every layer, x, and with --decoder solve what the observations want (B, N, Y + 1).
         """
         tokens = self.observation(torch.cat([x, y], -1))
-        if self.shows_residuals and self.clock is not None:  # how far a residual is to be trusted depends on how much came before
-            tokens = tokens + self.clock / (step + 1)
+        if self.shows_residuals and self.clock is not None:
+            tokens = tokens + self.clock / (step + 1)  # how far a residual is to be trusted depends on what came before
         memories, h = self.transformer.encode(tokens, self.causal)
         if not self.shows_residuals:
             return memories, x, None
