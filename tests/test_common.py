@@ -148,6 +148,15 @@ def test_with_a_clock_observations_say_how_far_to_trust_them_by_what_came_before
         early, late = (model.encode(x, y, step)[2] for step in (0, 3))
         assert torch.equal(early[..., :-1], late[..., :-1]), "what residuals ask for is the same"
         assert ((early[..., -1] - late[..., -1]).abs().max() > 1e-4) == (clock == "steps")
+        for silent in (model.decoder.weight, model.decoder.bias):  # what is left of an update is what they carry over
+            nn.init.zeros_(silent)
+        past = past_states(model, task)
+        early, late = (model.update(past, x, y, task.query_x, step) for step in (0, 3))
+        assert ((early - late).abs().max() > 1e-4) == (clock == "steps")
+
+    model = make("implicit", decoder="linear", clock="steps").eval()  # only queries see it
+    early, late = (model.encode(x, y[..., :Y], step)[0] for step in (0, 3))
+    assert all(torch.equal(a, b) for one, other in zip(early, late) for a, b in zip(one, other))
 
 
 def test_half_of_the_prefixes_are_whole_and_each_query_and_task_draws_its_own(task, monkeypatch):
