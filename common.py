@@ -187,16 +187,16 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks without positions: a mini-batch is a set. Runs in `self.dtype`, takes and returns float32.
 
-    With `alike`, attention starts by similarity, which shortens the plateau of in-context learning: keys are queries, either
-    both random projections ("random") or both rotations, which keep angles ("rotation"). Not good for wide heads where
-    tokens see themselves: nothing is as similar to a token as it is.
+    Unless `init` is "torch", attention starts by similarity, which shortens the plateau of in-context learning: keys are
+    queries, either both random projections ("random") or both rotations, which keep angles ("rotation"). Not good for wide
+    heads where tokens see themselves: nothing is as similar to a token as it is.
     """
 
-    def __init__(self, width, depth, heads, attention="softmax", alike=None):
+    def __init__(self, width, depth, heads, attention="softmax", init="torch"):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(depth))
-        for block in self.blocks if alike else ():
-            if alike == "rotation":
+        for block in self.blocks if init != "torch" else ():
+            if init == "rotation":
                 nn.init.orthogonal_(block.query.weight)
             with torch.no_grad():
                 block.key_value.weight[:width] = block.query.weight
@@ -603,7 +603,7 @@ def path(text):
 count = number(int, 1)
 
 # --method paper: those of the paper's choices that are flags and not the default of every script.
-PAPER = dict(decoder="linear", update="direct", attention="softmax", clock="none", state_scale=1.0, init="random", basis="linear", history=1)
+PAPER = dict(decoder="linear", update="direct", attention="softmax", clock="none", state_scale=1.0, init="torch", basis="linear", history=1)
 
 
 def make_parser(script, doc, eval_steps=False):
@@ -620,7 +620,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--update", choices=("residual", "direct"), default="residual", help="the model's output is a change of the state, or the next state (for --decoder linear)")
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
     add("--state-scale", type=number(float, 0), default=1.0, help="what an implicit query is shown of its state is times this; 0 hides it")
-    add("--init", choices=("random", "rotation"), default="random", help="what an implicit model's encoder of observations, keys and queries start as; a rotation keeps angles")
+    add("--init", choices=("torch", "random", "rotation"), default="random", help="what an implicit model starts as: PyTorch's weights; these with keys equal to queries; or that with rotations, which keep angles, for keys, queries and the encoder of observations")
     add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
     add("--basis", choices=("linear", "fourier"), default="linear", help="what the explicit regime's trained basis functions of x start as")
     add("--hidden", type=count, default=64, help="how many of them (frequencies, of a cosine and a sine each); the latent has a weight for each and each number in y")
@@ -1053,10 +1053,14 @@ def plot_steps(out, results, log_scale=False):
     legend = {}  # one for all panels: label -> what it stands for
     for panel, (split, m) in enumerate(metrics.items(), 1):
         ax = fig.add_subplot(rows, columns, panel)
-        ax.errorbar(m["steps"], m["mean"], m["stderr"], fmt="o-", color=COLORS[0], lw=2, capsize=3, label="this model", zorder=3)
+        first = int(log_scale)  # what is said before any data, and baselines that stay far behind, would take half of the axis
+        ax.errorbar(*(m[key][first:] for key in ("steps", "mean", "stderr")), fmt="o-", color=COLORS[0], lw=2, ms=5, capsize=3, label="this model", zorder=3)
         for i, (name, b) in enumerate(results["baselines"][split].items(), 1):
-            marker = "." if len(b["steps"]) > 1 else "D"
-            ax.plot(b["steps"], b["mean"], ls=("--", ":", "-.")[i % 3], marker=marker, color=COLORS[i % len(COLORS)], label=name)
+            style = dict(ls=("--", ":", "-.", (0, (5, 1)))[i % 4], marker="." if len(b["steps"]) > 1 else "D", color=COLORS[i % len(COLORS)])
+            if log_scale and min(b["mean"]) > 1.5 * m["mean"][1]:
+                ax.plot([], [], label=f"{name} (off the scale)", **style)
+            else:
+                ax.plot(b["steps"], b["mean"], label=name, **style)
         ax.axvline(K, color="0.7", lw=1, zorder=0, label="trained up to here")
         where = "in distribution: " if split == "id" else "out of distribution: " if split.startswith("ood") else ""
         ax.set_title(textwrap.fill(where + m["data"], 42), fontsize=10)
@@ -1073,7 +1077,7 @@ def plot_steps(out, results, log_scale=False):
             color = colormaps["viridis"](k / max(K, 2))
             ax.plot([row["iteration"] for row in log], [row["loss"][k] for row in log], color=color, lw=1, label=f"step {k + 1}")
         ax.set_title("training loss of each step", fontsize=10)
-        ax.set_xlabel("iteration")
+        ax.set(xlabel="iteration", ylabel="loss")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=9, ncols=2 if K > 5 else 1)
     kind = args["regime"] + (f", signal {args['signal']}" if args["regime"] != "implicit" else "") + f", decoder {args['decoder']}"

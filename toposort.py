@@ -267,7 +267,7 @@ class LeafPredictor(nn.Module):
         self.initial = nn.Parameter(torch.zeros(()))  # one for all nodes, which have no names
         self.cell = nn.Sequential(nn.Linear(5 + args.history, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
         self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
-        self.transformer = common.Transformer(D, 2 * args.depth, args.heads, args.attention, alike=args.init)  # first over rows, then over nodes
+        self.transformer = common.Transformer(D, 2 * args.depth, args.heads, args.attention, args.init)  # first over rows, then over nodes
         self.decoder = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 1))
 
     def initial_state(self, alive):

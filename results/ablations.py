@@ -53,8 +53,8 @@ EDITS = {
         ("common.py", "states = model.update(", "states = [model, *model.later][min(step, len(model.later))].update("),
     ],
     "unit-gradients": [("common.py", "torch.cat([self.gradients(r, phi) for", "torch.cat([F.normalize(self.gradients(r, phi), dim=-1) for")],
-    "shown-only": [("common.py", "new = new + self.carry_over(x, wanted, query_x, visible)", "pass")],
-    "carried-only": [("common.py", "new = new + self.carry_over(", "new = self.carry_over(")],
+    "attention-only": [("common.py", "new = new + self.carry_over(x, wanted, query_x, visible)", "pass")],
+    "carry-over-only": [("common.py", "new = new + self.carry_over(", "new = self.carry_over(")],
     "loud-bias": [("mnist.py", "F.pad(x, (0, 1), value=1.0) * x", "F.pad(x, (0, 1), value=x.shape[-1] ** 0.5) * x")],
 }  # fmt: skip
 
@@ -80,12 +80,12 @@ GROUPS = {
     "decoder (parametric)": (LINREG, {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
     "decoder (explicit)": (LINREG + " --regime explicit", {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
     "decoder (implicit)": (LINREG + " --regime implicit", {"solve": "", "linear": "--decoder linear"}),
-    "what residuals are for (implicit)": (LINREG + " --regime implicit", {"both": "", "shown in tokens": "shown-only", "carried over": "carried-only"}),
+    "residuals reach queries by (implicit)": (LINREG + " --regime implicit", {"both": "", "attention": "attention-only", "carry_over": "carry-over-only"}),
     "MNIST: decoder (parametric)": (MNIST + " --regime parametric", {"solve": "", "span": "--decoder span", "linear": "--decoder linear"}),
     "MNIST: decoder (explicit)": (MNIST + " --regime explicit", {"solve": "", "span": "--decoder span"}),
     "MNIST: basis (explicit)": (MNIST + " --regime explicit", {"fourier": "", "linear": "--basis linear --hidden 100"}),
     "MNIST: decoder (implicit)": (MNIST, {"solve": "", "linear": "--decoder linear"}),
-    "MNIST: what residuals are for (implicit)": (MNIST, {"both": "", "shown in tokens": "shown-only", "carried over": "carried-only"}),
+    "MNIST: residuals reach queries by (implicit)": (MNIST, {"both": "", "attention": "attention-only", "carry_over": "carry-over-only"}),
     "MNIST: encoder, keys and queries start as (implicit, decoder linear)": (MNIST + PLAIN, {"rotations": "", "random": "--init random"}),
     "MNIST: output (implicit, decoder linear)": (MNIST + PLAIN, {"a change": "", "the next state": "--update direct"}),
     "MNIST: state that a query sees (implicit, decoder linear)": (MNIST + PLAIN, {"a tenth": "", "all": "--state-scale 1", "none": "--state-scale 0"}),
@@ -171,13 +171,13 @@ def plot(rows, path):
             ax.errorbar(row["steps"][1:], row["mean"][1:], row["stderr"][1:], fmt=f"{marker}-", color=color, ms=4, lw=1.5, capsize=2, label=label)
         ax.axvline(next(iter(variants.values()))["trained"], color="0.7", lw=1, zorder=0)
         ax.set_title(textwrap.fill(group, 40), fontsize=10)
-        ax.set_ylabel(row["name"])
+        ax.set(xlabel="mini-batches seen", ylabel=row["name"])
         if row["name"] != "error %":
             common.log_axis(ax, "y")
         ax.legend(fontsize=9)
         ax.grid(alpha=0.3)
     data = dict.fromkeys(row["data"] for variants in rows.values() for row in variants.values())
-    title = f"What makes a difference: error against mini-batches seen (trained on those left of the grey line): {'; '.join(data)}; seeds {', '.join(map(str, SEEDS))}"
+    title = f"What makes a difference: variants more than 2% apart after the trained steps (grey line): {'; '.join(data)}; seeds {', '.join(map(str, SEEDS))}"
     fig.suptitle(textwrap.fill(title, 110), fontsize=11)
     fig.tight_layout(rect=(0, 0, 1, 0.99))
     common.save_figure(fig, path, dpi=100)

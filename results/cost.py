@@ -90,9 +90,9 @@ def plot(report, path):
         ax.grid(alpha=0.3)
     axes[2].axvline(report["args"]["steps"], color="0.7", lw=1, zorder=0, label="trained up to here")
     for ax in axes:
-        ax.legend(fontsize=9)
+        ax.legend(fontsize=9, title=None if ax is axes[2] else f"slopes from K = {KS[-3]}", title_fontsize=9)
     where = f"{report['machine']}, {report['threads']} thread(s), seed {report['args']['seed']}"
-    title = f"{report['script']}.py {report['args']['regime']}, {report['data']}; {where}\n"
+    title = f"{report['script']}.py {report['args']['regime']}, decoder {report['args']['decoder']}, {report['data']}; {where}\n"
     fig.suptitle(title + textwrap.fill(report["note"], 120), fontsize=10)
     fig.tight_layout()
     common.save_figure(fig, path)

@@ -268,11 +268,10 @@ def test_our_transformer_equals_pytorchs_encoder_layers(causal):
 
 def test_keys_start_equal_to_queries_where_asked():
     torch.manual_seed(0)
-    for alike in (None, "random", "rotation"):
-        for block in Transformer(8, 2, 2, alike=alike).blocks:
-            assert torch.equal(block.key_value.weight[:8], block.query.weight) == (alike is not None)
-    block = common.REGIMES["implicit"](settings(), X, Y).transformer.blocks[1]
-    assert torch.equal(block.key_value.weight[:8], block.query.weight)
+    for init in ("torch", "random", "rotation"):
+        models = Transformer(8, 2, 2, init=init), common.REGIMES["implicit"](settings(init=init), X, Y).transformer
+        for block in (block for model in models for block in model.blocks):
+            assert torch.equal(block.key_value.weight[:8], block.query.weight) == (init != "torch")
 
 
 def test_a_rotation_keeps_the_angles_between_inputs():
