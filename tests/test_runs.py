@@ -230,6 +230,21 @@ def test_a_reader_that_has_seen_enough_is_no_traceback(finished_copy):
     assert process.stderr.read() == "" and process.wait(60) == 1
 
 
+def test_a_logarithmic_plot_starts_after_one_mini_batch_and_leaves_out_what_stays_far_behind(monkeypatch):
+    curve = lambda *mean: {"steps": list(range(len(mean))), "mean": list(mean), "stderr": [0.1] * len(mean), "data": "MNIST", "name": "error %"}
+    near, far = (dict(curve(*mean), steps=[1, 2]) for mean in ((32.0, 25.0), (75.0, 74.0)))
+    results = {"args": {"steps": 1, "regime": "implicit", "decoder": "solve"}, "script": "mnist", "data": "MNIST", "iterations": 3, "seed": 0}
+    results |= {"metrics": {"id": curve(90.0, 30.0, 20.0)}, "baselines": {"id": {"kernel ridge": near, "majority label": far}}}
+    figures = []
+    monkeypatch.setattr(common, "save_figure", lambda fig, path: figures.append(fig))
+    for log_scale in (False, True):
+        common.plot_steps("nowhere", results, log_scale)
+    for fig, model, labels in zip(figures, ([0, 1, 2], [1, 2]), ("majority label", "majority label (off the scale)")):
+        drawn = {line.get_label(): list(line.get_xdata()) for line in fig.axes[0].lines}
+        assert model in drawn.values() and drawn["kernel ridge"] == [1, 2]
+        assert drawn[labels] == ([] if "scale" in labels else [1, 2])
+
+
 # ---------------------------------------------------------------- losses that are no number
 
 
