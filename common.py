@@ -711,10 +711,10 @@ def parse_args(parser, presets, argv=None):
 
 def check(args, given):
     """Refuses what contradicts itself, with the reason."""
-    only = dict(state=["implicit"], state_scale=["implicit"], init=["implicit"], basis=["explicit"], hidden=["explicit"])
-    for flag, regimes in only.items():
-        if flag in given and args.regime not in regimes:
-            fail(f"{spell(flag, given[flag])} is for --regime {' and '.join(regimes)}")
+    only = dict(state="implicit", state_scale="implicit", init="implicit", basis="explicit", hidden="explicit")
+    for flag, regime in only.items():
+        if flag in given and args.regime != regime:
+            fail(f"{spell(flag, given[flag])} is for --regime {regime}")
     implicit, linear = args.regime == "implicit", args.decoder == "linear"
     slots = args.regime == "explicit" and linear and args.mask == "none"
     refusals = (
