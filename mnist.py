@@ -52,16 +52,12 @@ def read_idx(path):
     packed = path.with_name(path.name + ".gz")
     if not path.exists() and not packed.exists():
         return None
-    try:
+    with common.or_fail(f"{path} (or its .gz) may not be read, or is damaged: delete it to download it again"):
         raw = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
         shape = np.frombuffer(raw, ">i4", raw[3], 4)
         if raw[:3] != b"\0\0\x08" or not len(shape) or shape.min() < 0:  # two zeros, then 8 for unsigned bytes
-            raise ValueError
+            raise ValueError("its header is not that of images or labels")
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-    except PermissionError:
-        common.fail(f"{path} (or its .gz) may not be read")
-    except (OSError, EOFError, ValueError, IndexError, gzip.zlib.error):
-        common.fail(f"{path} is damaged: delete it (and its .gz) to download it again")
 
 
 def load_mnist(dataset, folder):
