@@ -15,7 +15,7 @@ import os
 
 import common  # before torch: it answers --help by itself
 import mog_flow
-from mog_flow import Density
+from mog_flow import Density, make_model
 
 import numpy as np
 import torch
@@ -31,7 +31,9 @@ UNIT = 1.5  # models see points divided by this, so that data and the noise that
 def get_args(argv=None):
     parser = common.make_parser("alphabets", __doc__)
     parser.set_defaults(regime="implicit", steps=5, context=50, queries=64, tasks=16, iters=6000, lr=3e-3, decoder="linear", eval_tasks=100)
-    return mog_flow.parse_flow_args(parser, PRESETS, argv)
+    args = mog_flow.parse_flow_args(parser, PRESETS, argv)
+    args.dim = 2  # no flag: letters are flat
+    return args
 
 
 # ---------------------------------------------------------------- the task
@@ -70,10 +72,6 @@ def make_sampler(letters, args):
 
 
 # ---------------------------------------------------------------- training
-
-
-def make_model(args):
-    return mog_flow.make_model(args, dim=2)
 
 
 def train(model, args):

@@ -154,10 +154,9 @@ def generate(model, batches, x, args):
 # ---------------------------------------------------------------- training
 
 
-def make_model(args, dim=None):
+def make_model(args):
     common.seed_all(common.WEIGHTS, args.seed)
-    dim = dim or args.dim  # letters have no flag for it
-    return common.place(common.Implicit(args, 2 * dim + 9, dim), args)
+    return common.place(common.Implicit(args, 2 * args.dim + 9, args.dim), args)
 
 
 def train(model, args, sample=sample_densities):
