@@ -278,7 +278,7 @@ def bayes_error(features, args, tasks=500, n=100):
     chosen, relabel = draw_classes(tasks, len(features.means), args)
     means = features.means[chosen]  # (tasks, ways, dim)
     slot = torch.randint(chosen.shape[1], (tasks, n, 1), device=args.device)
-    x = means.gather(1, slot.expand(-1, -1, means.shape[-1]))
+    x = means.take_along_dim(slot, 1)
     x = x + NOISE_STD * torch.randn_like(x)
     classes = (-torch.cdist(x, means).square() / (2 * NOISE_STD**2)).softmax(-1)  # (tasks, n, ways)
     return 100 * (1 - (classes @ F.one_hot(relabel, args.ways).float()).amax(-1)).mean(1)

@@ -238,8 +238,7 @@ def logistic_regression(x, y, w, prior=10.0, iterations=100):
 
 def nearest_neighbour(x, y, query_x):
     """The label of the nearest observation: x (B, n, dim), y (B, n, C), query_x (B, Q, dim) -> (B, Q, C)."""
-    nearest = torch.cdist(query_x, x).argmin(-1)  # (B, Q)
-    return y.gather(1, nearest[..., None].expand(-1, -1, y.shape[-1]))
+    return y.take_along_dim(torch.cdist(query_x, x).argmin(-1)[..., None], 1)
 
 
 def kernel_ridge(x, y, query_x, ridge=0.1):
