@@ -133,15 +133,14 @@ def posterior_product(batches, query_x, noise):
 
 def evaluate(model, args):
     """The model after 0 ... S fresh mini-batches (--eval-steps, or 2K) beside the Bayes-optimal answer to exactly the data seen so far."""
-    metric, ours, oracle, product, nothing = make_metric(args), [], [], [], []
+    steps, metric = list(range(1, args.eval_steps + 1)), make_metric(args)
+    ours, oracle, product, nothing = [], [], [], []
     for task in common.evaluation_tasks(lambda B: sample_tasks(B, args.eval_steps, args), args.eval_tasks):
         ours.append(common.evaluate(model, task, metric))
-        answers = [ridge(*common.seen(task, k), task.query_x, args.noise) for k in range(1, args.eval_steps + 1)]
-        oracle.append(torch.stack([metric(a, task.query_y).mean(1) for a in answers], 1))
-        answers = posterior_product(zip(task.context_x, task.context_y), task.query_x, args.noise)
-        product.append(torch.stack([metric(a, task.query_y).mean(1) for a in answers], 1))
-        nothing.append(metric(torch.zeros_like(task.query_y), task.query_y).mean(1, keepdim=True))
-    steps = list(range(1, args.eval_steps + 1))
+        score = lambda answers: torch.stack([metric(a, task.query_y).mean(1) for a in answers], 1)
+        oracle.append(score(ridge(*common.seen(task, k), task.query_x, args.noise) for k in steps))
+        product.append(score(posterior_product(zip(task.context_x, task.context_y), task.query_x, args.noise)))
+        nothing.append(score([torch.zeros_like(task.query_y)]))
     metrics = {"id": common.summary(ours, name="squared error", data=data_name(args))}
     baselines = {
         "ridge, all seen": common.summary(oracle, steps),
