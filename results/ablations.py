@@ -148,11 +148,8 @@ def summarize(base, change):
 
 def differ(one, other):
     """Whether two variants are more than two standard errors, and 2%, apart after the trained steps or later."""
-    for k in range(one["trained"], len(one["mean"])):
-        distance, noise = abs(one["mean"][k] - other["mean"][k]), math.hypot(one["stderr"][k], other["stderr"][k])
-        if distance > max(2 * noise, 0.02 * one["mean"][k]):
-            return True
-    return False
+    limit = lambda k: max(2 * math.hypot(one["stderr"][k], other["stderr"][k]), 0.02 * one["mean"][k])
+    return any(abs(one["mean"][k] - other["mean"][k]) > limit(k) for k in range(one["trained"], len(one["mean"])))
 
 
 def plot(rows, path):
