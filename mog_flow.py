@@ -13,7 +13,6 @@ generates points. K is the number of mini-batches behind a velocity, not the num
 import collections
 import itertools
 import math
-import os
 from functools import partial
 
 import common  # before torch: it answers --help by itself
@@ -250,7 +249,7 @@ def compare(model, args, split, data, sample, unit, stream):
         if first == 0:
             pictures = dict(batches=batches, generated=torch.stack(answers[OURS]), truth=truth)
             pictures = {name: unit * points[..., :8, :, :].cpu().numpy() for name, points in pictures.items()}
-            common.replace_file(os.path.join(args.out, f"points_{split}.npz"), lambda f: np.savez_compressed(f, **pictures))
+            common.replace_file(f"{args.out}/points_{split}.npz", lambda f: np.savez_compressed(f, **pictures))
     floor = torch.cat(rows[FLOOR], 1).mean(-1, keepdim=True)  # (2, tasks, 1)
     for name, chunks in rows.items():
         steps = [0, *every] if name in (OURS, FLOOR, EXACT) else every
@@ -346,13 +345,13 @@ def plot_excess(path, results):
 def plot(out, script="mog_flow"):
     results = common.read_results(out, script)
     common.plot_steps(out, results)
-    plot_excess(os.path.join(out, "excess.png"), results)
+    plot_excess(f"{out}/excess.png", results)
     for split, m in results["metrics"].items():
-        path = os.path.join(out, f"points_{split}.npz")
+        path = f"{out}/points_{split}.npz"
         with common.or_fail(f"{path} is missing or damaged"), np.load(path) as file:
             points = [file[name][..., :2] for name in ("batches", "generated", "truth")]  # of all dimensions, two are drawn
-        plot_grid(os.path.join(out, f"grid_{split}.png"), *points, results["args"]["steps"], m["data"])
-        plot_gif(os.path.join(out, f"refinement_{split}.gif"), *points, results["args"]["steps"], m["data"])
+        plot_grid(f"{out}/grid_{split}.png", *points, results["args"]["steps"], m["data"])
+        plot_gif(f"{out}/refinement_{split}.gif", *points, results["args"]["steps"], m["data"])
     print(f"plots: {out}/error.png, excess.png, grid_*.png, refinement_*.gif")
 
 

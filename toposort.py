@@ -11,7 +11,6 @@ over K mini-batches of `--context` rows. Removing the likeliest leaf and asking 
 import collections
 import itertools
 import math
-import os
 from functools import partial
 
 import common  # before torch: it answers --help by itself
@@ -477,7 +476,7 @@ def plot_orders(path, results):
 def plot(out):
     results = common.read_results(out, "toposort")
     common.plot_steps(out, results)
-    plot_orders(os.path.join(out, "orders.png"), results)
+    plot_orders(f"{out}/orders.png", results)
     print(f"plots: {out}/error.png, orders.png")
 
 
