@@ -43,6 +43,8 @@ def get_args(argv=None):
         common.fail("--mask causal: rows and nodes are sets that attend to each other both ways (use --mask none)")
     if args.queries is not None:
         common.fail("--queries: every node of a graph is a query; set their number with --nodes")
+    if args.tasks % len(TRAINED_ON[args.mechanism]):
+        common.fail(f"--tasks {args.tasks} is odd: with --mechanism both, half of the graphs are LIN and half RFF")
     if args.steps * args.context == 1:
         common.fail("--steps 1 --context 1: a single row has no variance to divide by")
     return args

@@ -130,6 +130,8 @@ def read_checkpoint(wanted):
     if name not in ("linreg", "mnist"):
         common.fail(f"{wanted.file} is a checkpoint of {name}.py; it must be one of linreg.py or mnist.py")
     args = read_flags(name, *wanted.more, f"--eval={wanted.file}")
+    if args.eval_tasks > 32 and args.eval_tasks % 32:
+        common.fail(f"--eval-tasks {args.eval_tasks} is no multiple of 32, the tasks that are timed at once")
     data, model, _, sample = load(name, args)
     script = importlib.import_module(name)
     if name == "linreg":

@@ -200,6 +200,7 @@ WRONG = [  # program, flags, what the line must name
     ("cost", "nothing.pt", "nothing.pt"),
     ("cost", "TOPOSORT", "toposort"),
     ("cost", "LINREG --wide 3", "--wide"),
+    ("cost", "LINREG --eval-tasks 40", "--eval-tasks"),
     ("cost", "LINREG --eval other.pt", "--eval"),
     ("cost", "LINREG --out LINREG --overwrite", "not to be replaced"),
     ("cost", "LINREG --out here/there.json", "here"),

@@ -479,6 +479,7 @@ def test_results_hold_all_columns_and_measures(finished):
         ("--state softmax", "--state logits"),
         ("--state latent", "--state logits"),
         ("--mask causal", "--mask none"),
+        ("--tasks 3", "--tasks"),
         ("--decoder solve", "--decoder linear"),
         ("--queries 4", "--nodes"),
         ("--nodes 2", "--nodes"),
