@@ -12,6 +12,7 @@ a target, F basis functions; S tokens that attend or read, C numbers a head. Equ
 import argparse
 import collections
 import contextlib
+import glob
 import json
 import math
 import os
@@ -60,7 +61,7 @@ def refine(model, task):
     for step, (x, y) in enumerate(mini_batches(model, task)):
         states = model.update(past, x, y, task.query_x, step)  # (T, B, ...)
         yield model.predict(states, task.query_x)
-        past = [state.detach() for state in [*past[1:], states[-1]]]  # what the whole mini-batch led to
+        past = [state.detach() for state in [*past[1:], states[-1]]]  # after the whole mini-batch (causal training, implicit: a prefix)
 
 
 @torch.no_grad()
@@ -258,7 +259,7 @@ class Parametric(nn.Module):
         else:
             self.slots = args.latent_tokens  # tokens that the state is spread over; 1 but for explicit without a mask
             self.state = nn.Linear(P // self.slots, D)
-            self.age = nn.Parameter(0.02 * torch.randn(self.history, 1, D))  # tells past states from the current one
+            self.age = nn.Parameter(0.02 * torch.randn(self.history, self.slots, D))  # tells these tokens apart, and past states from the current one
             self.decoder = nn.Linear(D, P // self.slots)
         self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
         self.transformer = Transformer(D, args.depth, args.heads, args.attention)
@@ -457,12 +458,12 @@ class Implicit(nn.Module):
     def read(self, past, encoded, query_x, visible=None, step=0):
         """`update` from an encoded mini-batch, of which each query sees what `visible` (B, 1, Q, N) says."""
         memories, x, wanted = encoded
-        state = past[-1].softmax(-1) if self.kind == "softmax" else past[-1]
-        shown = torch.cat([query_x, self.scale * state], -1)
+        *older, newest = (state.softmax(-1) if self.kind == "softmax" else state for state in past)
+        shown = torch.cat([query_x, self.scale * newest], -1)
         shown = F.pad(shown, (0, self.query.in_features - shown.shape[-1]))  # zeros in place of an observation's residual
         tokens = self.query(shown) + self.query_embedding  # (B, Q, D)
         if self.older is not None:
-            tokens = tokens + self.older(self.scale * torch.cat(past[:-1], -1))
+            tokens = tokens + self.older(self.scale * torch.cat(older, -1))
         if self.clock is not None:
             tokens = tokens + self.clock / (step + 1)  # the weight of a new mini-batch in an average of all
         h = self.transformer.read(tokens, memories, visible)
@@ -509,7 +510,7 @@ def run(main):
     except OSError as problem:  # a file that may not be read, a name that is too long, a full disk
         fail(problem)
     except (MemoryError, RuntimeError) as problem:
-        if isinstance(problem, RuntimeError) and "allocate" not in str(problem):
+        if isinstance(problem, RuntimeError) and not any(word in str(problem) for word in ("allocate", "overflow")):
             raise
         fail("not enough memory for this: fewer --tasks, --steps, --context or --queries, or a smaller --width, need less")
 
@@ -618,9 +619,9 @@ def make_parser(script, doc, eval_steps=False):
     add("--history", type=count, default=1, help="H, how many of the last states (and gradients) the model sees")
     add("--decoder", choices=("solve", "span", "linear"), default="solve", help="how a state is updated: the least change that does what tokens ask of predictions (implicit: by kernel ridge regression), what the Jacobian makes of it (not implicit), or what is read off one token, as in the paper")
     add("--update", choices=("residual", "direct"), default="residual", help="the model's output is a change of the state, or the next state (for --decoder linear)")
-    add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query carries to the next step")
+    add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query's state is: logits, shown to it as such or as probabilities, or a vector that is decoded")
     add("--state-scale", type=number(float, 0), default=1.0, help="what an implicit query is shown of its state is times this; 0 hides it")
-    add("--init", choices=("torch", "random", "rotation"), default="random", help="what an implicit model starts as: PyTorch's weights; these with keys equal to queries; or that with rotations, which keep angles, for keys, queries and the encoder of observations")
+    add("--init", choices=("torch", "random", "rotation"), default="random", help="what an implicit model starts as: PyTorch's weights; these with keys equal to queries; or that with rotations, which keep angles, for keys, queries and (not in toposort.py) the encoder of observations")
     add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
     add("--basis", choices=("linear", "fourier"), default="linear", help="what the explicit regime's trained basis functions of x start as")
     add("--hidden", type=count, default=64, help="how many of them (frequencies, of a cosine and a sine each); the latent has a weight for each and each number in y")
@@ -698,7 +699,7 @@ def parse_args(parser, presets, argv=None):
     if "eval_steps" in what:
         args.eval_steps = args.eval_steps or 2 * args.steps
     args.device, args.dtype, args.reason = pick_device(args.device, args.dtype)
-    name = [script, *(f"{flag}_{given[flag]}" for flag in sorted(given.keys() - FREE) if given[flag] != parser.get_default(flag))]
+    name = [script, *(f"{flag}_{given[flag]}" for flag in sorted(given.keys() - FREE) if given[flag] != before.get(flag, parser.get_default(flag)))]
     usual = os.path.join(os.path.dirname(args.eval), "eval") if args.eval else "out/" + "-".join(name)
     args.out_given, args.out = bool(args.out), args.resume or args.out or usual
     check_out(args)
@@ -756,12 +757,12 @@ def pick_device(device, dtype):
     return device, "bfloat16" if native else "float32", "native on this chip" if native else "this chip has no bfloat16 of its own"
 
 
-RUN_FILES = ("checkpoint.pt", "log.jsonl", "results.json", "error.png")
+RUN_FILES = ("checkpoint.pt", "log.jsonl", "results.json", "points_*.npz", "error.png", "excess.png", "orders.png", "grid_*.png", "refinement_*.gif")
 
 
 def check_out(args):
     """Refuses a folder that cannot be written or that holds another run; makes nothing yet."""
-    held = [name for name in RUN_FILES if os.path.exists(os.path.join(args.out, name))]
+    held = [pattern for pattern in RUN_FILES if glob.glob(pattern, root_dir=args.out)]
     if args.eval and "checkpoint.pt" in held:
         fail(f"--out {args.out} holds the checkpoint of this or another run, whose files an evaluation would replace: give another folder")
     if held and not (args.resume or args.overwrite or RANK):
@@ -810,7 +811,7 @@ def read_log(out):
 
 def load_checkpoint(path, script):
     """A dict of tensors and primitives, of any script if that is None; loading runs no code of the file."""
-    kinds = dict(script=str, command=str, args=dict, iteration=int, train_seconds=float, model=dict, optimizer=dict, pending=list)
+    kinds = dict(script=str, command=str, args=dict, iteration=int, train_seconds=float, cpu_seconds=float, model=dict, optimizer=dict, pending=list)
     with or_fail(f"{path} is missing, damaged or no checkpoint of this project"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -879,8 +880,8 @@ class Journal:
             with or_fail(f"cannot write to --out {args.out}"):
                 os.makedirs(args.out, exist_ok=True)
                 self.save()
-                for name in RUN_FILES[1:]:  # of the run that --overwrite replaces
-                    Path(args.out, name).unlink(missing_ok=True)
+                for name in (name for pattern in RUN_FILES[1:] for name in glob.glob(pattern, root_dir=args.out)):
+                    os.unlink(os.path.join(args.out, name))  # of the run that --overwrite replaces
 
     def __iter__(self):
         self.handlers = {signum: signal.signal(signum, self.interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -944,7 +945,7 @@ class Journal:
     def save(self):
         self.check_finite()
         content = {
-            **self.args.description, "iteration": self.iteration, "train_seconds": self.seconds,
+            **self.args.description, "iteration": self.iteration, "train_seconds": self.seconds, "cpu_seconds": cpu_seconds(self.args),
             "pending": self.pending, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
         if not RANK:
@@ -954,6 +955,11 @@ class Journal:
 def trained(args):
     """Iterations and seconds of training behind the checkpoint of --eval."""
     return args.checkpoint["iteration"], args.checkpoint["train_seconds"]
+
+
+def cpu_seconds(args):
+    """Processor time of this process and of those behind its checkpoint, if there is one."""
+    return time.process_time() + (args.checkpoint["cpu_seconds"] if args.checkpoint else 0.0)
 
 
 # ---------------------------------------------------------------- evaluation, results, plot
@@ -1003,7 +1009,7 @@ def write_results(args, model, data, iterations, seconds, metrics, baselines):
         "data": data, "device": args.device, "machine": machine(args.device), "dtype": args.dtype,
         "ranks": RANKS, "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed,
         "parameters": sum(p.numel() for p in model.parameters()), "iterations": iterations,
-        "train_seconds": round(seconds, 1), "cpu_seconds": round(time.process_time(), 1),  # the latter of the whole process
+        "train_seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds(args), 1),  # the latter evaluation included
         "metrics": metrics, "baselines": baselines,
     }  # fmt: skip
     write_json(os.path.join(args.out, "results.json"), results)
@@ -1065,7 +1071,7 @@ def plot_steps(out, results, log_scale=False):
         where = "in distribution: " if split == "id" else "out of distribution: " if split.startswith("ood") else ""
         ax.set_title(textwrap.fill(where + m["data"], 42), fontsize=10)
         ax.set(xlabel="mini-batches seen", ylabel=m["name"])
-        if log_scale:
+        if log_scale and max(m["mean"][first:]) > 0:
             log_axis(ax, "y")
         ax.locator_params("x", integer=True)
         ax.grid(alpha=0.3)

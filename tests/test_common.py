@@ -218,13 +218,15 @@ def test_a_state_of_several_latent_tokens_uses_them_all(task):
     x, y, (older, newest) = task.context_x[0], task.context_y[0], past_states(model, task)
     assert newest.shape == (B, 6 * Y)
     states = model.update([older, newest], x, y, task.query_x)
-    slots = [model.state(part) + age for state, age in zip((older, newest), model.age[:, 0]) for part in state.chunk(3, 1)]
+    slots = [model.state(part) + age for state, ages in zip((older, newest), model.age) for part, age in zip(state.chunk(3, 1), ages)]
     h = model.transformer(torch.cat([torch.stack(slots, 1), model.observation(torch.cat([x, y], -1))], 1), False)
     close(states, torch.cat([part + model.decoder(h[:, i]) for i, part in enumerate(newest.chunk(3, 1), 3)], 1)[None])
     prediction = model.predict(states, task.query_x)
     assert prediction.shape == (1, B, Q, Y)
     (gradient,) = torch.autograd.grad(prediction.square().sum(), states)
     assert (gradient.unflatten(-1, (3, 4)).abs().amax(-1) > 0).all()
+    alike = model.update([torch.zeros(B, 6 * Y)] * 2, x, y, task.query_x)[0].unflatten(-1, (3, 4))
+    assert (alike[:, 0] - alike[:, 1]).abs().max() > 1e-5, "tokens whose parts of the state are equal still differ"
 
 
 # ---------------------------------------------------------------- the transformer
@@ -571,6 +573,9 @@ def test_a_softmax_state_is_read_as_probabilities_and_kept_as_logits(task):
     close(new, on_logits.update([state.softmax(-1)], *rest))
     assert (new - on_logits.update([state], *rest)).abs().max() > 1e-3
     assert torch.equal(on_softmax.predict(new, task.query_x), new)
+    model = make("implicit", history=2, state="softmax").eval()
+    past = [torch.randn(B, Q, Y) for _ in range(2)]
+    close(model.update([past[0] + 3, past[1]], *rest), model.update(past, *rest))  # what all logits share is not in probabilities, old or new
 
 
 def test_every_past_state_is_read(task):

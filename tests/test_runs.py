@@ -32,7 +32,8 @@ def contents(folder):
         del row["seconds"]
     for key in ("command", "train_seconds", "cpu_seconds"):
         del results[key]
-    del checkpoint["train_seconds"], checkpoint["command"]
+    for key in ("command", "train_seconds", "cpu_seconds"):
+        del checkpoint[key]
     return checkpoint, results, rows
 
 
@@ -208,6 +209,15 @@ def test_evaluating_a_checkpoint_reproduces_its_results(script, finished, finish
     assert before == {f: (folder / f).read_bytes() for f in before}
     call(script, "--eval", folder / "checkpoint.pt", "--out more --eval-tasks 50", tiny=False)
     assert all(metric["tasks"] == 50 for metric in json.load(open("more/results.json"))["metrics"].values())
+
+
+def test_processor_time_is_of_all_processes_of_a_run(finished_copy):
+    folder = finished_copy("linreg")
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert 0 < checkpoint["cpu_seconds"] <= json.load(open(folder / "results.json"))["cpu_seconds"] + 0.1
+    torch.save(checkpoint | {"cpu_seconds": 1e6}, folder / "checkpoint.pt")
+    call("linreg", "--resume", folder, tiny=False)
+    assert json.load(open(folder / "results.json"))["cpu_seconds"] > 1e6 and torch.load(folder / "checkpoint.pt", weights_only=True)["cpu_seconds"] > 1e6
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import common
+import linreg
 from conftest import ROOT, SCRIPTS, call
 
 
@@ -273,7 +274,7 @@ def test_an_evaluation_does_not_mix_with_another_run(finished_copy, capsys):
     refused(capsys, "another run", "linreg", "--eval other/checkpoint.pt --overwrite --out", folder, tiny=False)
 
 
-@pytest.mark.parametrize("problem", (PermissionError(13, "Permission denied", "x"), MemoryError("memory"), RuntimeError("not enough memory: you tried to allocate 8 bytes")), ids=repr)
+@pytest.mark.parametrize("problem", (PermissionError(13, "Permission denied", "x"), MemoryError("memory"), RuntimeError("not enough memory: you tried to allocate 8 bytes"), RuntimeError("Storage size calculation overflowed")), ids=repr)
 def test_what_no_check_foresaw_is_one_line(problem, capsys):
     def main():
         raise problem
@@ -306,6 +307,25 @@ def test_overwrite_leaves_no_trace_of_the_run_before(finished_copy):
     assert [json.loads(row)["iteration"] for row in open(folder / "log.jsonl")] == [4]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["args"]["seed"] == 1
     assert json.load(open(folder / "results.json"))["seed"] == 1
+
+
+def test_overwrite_leaves_no_picture_of_the_run_before(finished_copy, monkeypatch):
+    """Where the new run is stopped before it draws any; files of others stay."""
+    folder = finished_copy("toposort")
+    for name in ("points_id.npz", "excess.png", "grid_id.png", "refinement_id.gif", "mine.png"):
+        write(folder / name, b"a run of mixtures")
+    monkeypatch.setattr(common.Journal, "__iter__", lambda journal: sys.exit(0))
+    with pytest.raises(SystemExit):
+        call("toposort", "--overwrite --out", folder)
+    assert set(os.listdir(folder)) == {"checkpoint.pt", "mine.png"}
+
+
+def test_different_runs_have_different_folders_by_default():
+    """Also where a flag is given that takes back what a preset or the paper's method asks for."""
+    runs = ["", "--preset paper", "--preset paper --lr 3e-3", "--method paper", "--method paper --clock steps", "--lr 1e-3", "--seed 1"]
+    get = lambda flags: linreg.get_args([*flags.split(), "--device", "cpu"])
+    assert len({get(flags).out for flags in runs}) == len(runs)
+    assert get("--lr 3e-3").out == get("").out and get("--preset paper --lr 3e-4").out == get("--preset paper").out
 
 
 # ---------------------------------------------------------------- the same from a shell
