@@ -176,7 +176,7 @@ def lengths():
         "implicit regression": ("linreg-icl", "linreg-implicit", "linreg-implicit-k10"),
         "the same, read off one token": ("linreg-icl-linear", "linreg-implicit-linear", "linreg-implicit-linear-k10"),
         "the same, no clock": ("linreg-implicit-linear-noclock", "linreg-implicit-linear-k10-noclock"),
-        "implicit MNIST, error %": ("mnist",),
+        "implicit MNIST, error %": ("mnist-k1", "mnist", "mnist-k10"),
         "the same, read off one token, from random weights, state seen whole": ("mnist-linear-loud-icl", "mnist-linear-loud", "mnist-linear-loud-k10"),
     }
     rows = []
