@@ -656,7 +656,8 @@ def make_parser(script, doc, eval_steps=False):
 
 # Where a run takes place is no part of what it is. It may be resumed and evaluated with other flags of these ...
 MACHINE = {"device", "compile", "out", "overwrite", "resume", "eval", "plot_only", "data_dir"}
-FREE = MACHINE | {"dtype", "eval_tasks", "eval_steps"}  # ... and of these, which are kept if they are not given again
+# ... and of these, of its evaluation, which are kept if they are not given again.
+FREE = MACHINE | {"dtype", "eval_tasks", "eval_steps", "eval_nodes", "points", "solver", "ode_steps"}
 
 
 def spell(flag, value):

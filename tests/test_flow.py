@@ -271,6 +271,15 @@ def test_plots_are_redrawn_from_the_files_alone(tmp_path, capsys):
         refused(capsys, mog_flow, ["--plot-only", str(out)], "points_id.npz is missing or damaged")
 
 
+def test_points_and_solver_can_be_changed_without_training_anew(tmp_path):
+    out = tmp_path / "run"
+    mog_flow.main([*TINY, "--out", str(out)])
+    mog_flow.main(["--eval", str(out / "checkpoint.pt"), "--points", "5", "--solver", "euler", "--ode-steps", "3"])
+    usual, results = (json.loads((folder / "results.json").read_text()) for folder in (out, out / "eval"))
+    assert results["args"] == usual["args"] | dict(points=5, solver="euler", ode_steps=3), "says how it was trained"
+    assert results["metrics"]["id"]["name"] == "W2, 5 points" and results["iterations"] == 2
+
+
 def refused(capsys, script, flags, reason):
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:

@@ -105,6 +105,16 @@ def test_an_evaluation_goes_as_far_as_it_is_told(script, finished_copy):
                 assert both and row["steps"][-1] == steps and all(a == pytest.approx(b, rel=1e-4) for a, b in both.values())
 
 
+def test_graphs_of_another_size_can_be_evaluated_without_training_anew(finished_copy):
+    folder = finished_copy("toposort")
+    usual = json.load(open(folder / "results.json"))
+    call("toposort", "--eval", folder / "checkpoint.pt", "--eval-nodes 6", tiny=False)
+    results = json.load(open(folder / "eval" / "results.json"))
+    assert results["args"] == usual["args"] | {"eval_nodes": 6}, "says how it was trained"
+    same, other = (m["data"] for m in results["metrics"].values() if m["data"].startswith("LIN in"))
+    assert "4 nodes" in same and "6 nodes" in other
+
+
 def test_a_resumed_run_keeps_what_it_was_told_and_can_be_told_otherwise():
     def outcome():
         results = json.load(open("run/results.json"))
