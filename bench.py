@@ -6,9 +6,9 @@
 
 A turn runs the script's own `train` for about half a second, on the same tasks as the other turns; all of it but the journal
 is measured. Mnist has drawn glyphs and imagenet synthetic features, so that no files are needed. Linreg has softmax attention:
-PyTorch's encoder has no other. Implicit models have --decoder linear, with which a step's work does not depend on how many are
-to come; and all mini-batches are seen whole, the most that a step may draw in training with --mask none: so every step is the
-same work. The columns:
+PyTorch's encoder has no other. All mini-batches are seen whole, the most that a step may draw in training with --mask none, and
+implicit models have --decoder linear: so every step is the same work. With --decoder solve, their default elsewhere, a step's
+work grows with the mini-batches to come. The columns:
 
     ms          one training step: sampling, K refinement steps forward and backward, clipping, AdamW; median of the turns
     sampling    the part of it that draws the tasks, measured alone
@@ -71,8 +71,8 @@ def get_jobs(args):
     if not pairs:
         common.fail(f"--regimes {' '.join(args.regimes)}: {' and '.join(args.scripts)} can only do implicit")
     jobs = [(script, reports.read_flags(script, *SCRIPTS[script], *(IMPLICIT if regime == "implicit" else ()), *args.more, f"--regime={regime}")) for script, regime in pairs]
-    if any(job.attention != "softmax" or job.regime == "implicit" and job.decoder != "linear" for _, job in jobs):
-        common.fail("PyTorch's encoder has softmax attention, and all steps of implicit models have to be the same work: drop --attention and --decoder solve")
+    if any(job.attention != "softmax" for _, job in jobs):
+        common.fail("PyTorch's encoder has softmax attention: drop --attention")
     return jobs
 
 
@@ -94,7 +94,7 @@ class Stock(common.Transformer):
             return self.norm(self.encoder(x, hidden, is_causal=causal).float())  # told so, PyTorch takes its causal kernel
 
     def encode(self, x, causal):
-        return (x, causal), None  # all is done in `read`
+        return (x, causal), x  # all is done in `read`; for --decoder solve, the variances come from what is at hand: the cost is the same
 
     def read(self, x, memories, visible=None):
         (context, causal), Q = memories, x.shape[1]
@@ -173,7 +173,7 @@ def peak_memory(steps, model, device):
 
 
 def record_parts(steps, model, device):
-    """-> {part: its calls in `steps`, each a function, its inputs and whether autocast was on}."""
+    """-> {part: its calls in `steps`, each a function, its inputs, and whether gradients and autocast were on}."""
     parts, inside = {}, []
 
     def recorder(part, call):
@@ -181,7 +181,7 @@ def record_parts(steps, model, device):
             if inside:  # of a part already
                 return call(*given)
             inputs = [x.detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in given]
-            parts.setdefault(part, []).append((call, inputs, torch.is_autocast_enabled(device.type)))
+            parts.setdefault(part, []).append((call, inputs, torch.is_grad_enabled(), torch.is_autocast_enabled(device.type)))
             inside.append(part)
             out = call(*given)
             inside.pop()
@@ -192,7 +192,7 @@ def record_parts(steps, model, device):
     kinds = {nn.Linear: "linear layers", nn.LayerNorm: "norms", nn.GELU: "GELU"}
     places = [(kinds[type(module)], module, "forward") for module in model.modules() if type(module) in kinds]
     places += [("attention", block, "attend") for block in model.transformer.blocks]
-    places += [("the regime", model, name) for name in ("predict", "apply_to", "gradients", "pull_back") if hasattr(model, name)]
+    places += [("the regime", model, name) for name in ("predict", "apply_to", "gradients", "pull_back", "carry_over") if hasattr(model, name)]
     places.append(("the regime", common, "residuals"))
     with contextlib.ExitStack() as patches:
         for part, owner, name in places:
@@ -206,8 +206,8 @@ def measure_parts(two_steps, model, sample, args):
     device, alone = torch.device(args.device), lambda call: median(milliseconds(call, 1, args.device) for _ in range(5))
 
     def replay(calls):
-        for call, inputs, autocast in calls:
-            with torch.autocast(device.type, model.transformer.dtype, enabled=autocast):
+        for call, inputs, gradients, autocast in calls:
+            with torch.set_grad_enabled(gradients), torch.autocast(device.type, model.transformer.dtype, enabled=autocast):
                 out = call(*inputs)
             if out.requires_grad:
                 torch.autograd.backward(out, torch.ones_like(out))

@@ -90,7 +90,9 @@ def mini_batches(model, task):
         yield x, y
         later, past = later[:, n:], [state[:, n:] for state in past]
         if step < K - 1:
-            past = [*past[1:], model.update(past, x, y, later, step)[-1]]
+            encoded = model.encode(x, y, step)
+            parts = zip(*(part.split(4 * N, 1) for part in (later, *past)))  # four mini-batches at once: no more memory than a step needs
+            past = [*past[1:], torch.cat([model.read(states, encoded, some, step)[-1] for some, *states in parts], 1)]
 
 
 def residuals(loss, predictions, y):
@@ -448,16 +450,15 @@ class Implicit(nn.Module):
 
     def update(self, past, x, y, query_x, step=0):
         """r_gamma of eq. 8: the last H states (B, Q, P) and a mini-batch, after `step` others -> the next states (1, B, Q, P)."""
-        visible, N = None, x.shape[1]
+        return self.read(past, self.encode(x, y, step), query_x, step)
+
+    def read(self, past, encoded, query_x, step=0):
+        """`update` from a mini-batch that is encoded already."""
+        (memories, x, wanted), visible = encoded, None
         if self.training and self.causal:  # each query sees a random prefix of its own (fig. 6)
-            B, Q, _ = query_x.shape
+            (B, Q, _), N = query_x.shape, x.shape[1]
             size = own(draw_size(N, (RANKS * B, Q, 1), x.device))  # drawn for the tasks of all ranks, to keep this one's
             visible = (torch.arange(N, device=x.device) < size)[:, None]  # (B, 1, Q, N)
-        return self.read(past, self.encode(x, y, step), query_x, visible, step)
-
-    def read(self, past, encoded, query_x, visible=None, step=0):
-        """`update` from an encoded mini-batch, of which each query sees what `visible` (B, 1, Q, N) says."""
-        memories, x, wanted = encoded
         *older, newest = (state.softmax(-1) if self.kind == "softmax" else state for state in past)
         shown = torch.cat([query_x, self.scale * newest], -1)
         shown = F.pad(shown, (0, self.query.in_features - shown.shape[-1]))  # zeros in place of an observation's residual

@@ -680,8 +680,10 @@ def test_a_query_shows_no_residual(task):
     assert torch.equal(model.read(past, memories, task.query_x), before)
 
 
-def test_observations_are_followed_as_the_queries_are(task):
+@pytest.mark.parametrize("steps", (K, 3 * K))  # the latter in parts
+def test_observations_are_followed_as_the_queries_are(task, steps):
     """In training, too, the residual is that of the prediction which a query at the same x has: sizes are drawn once for both."""
+    task = task._replace(context_x=torch.randn(steps, B, N, X), context_y=torch.randn(steps, B, N, Y))
     model, seen = make("implicit", decoder="solve", mask="none").train(), []
     update = model.update
     model.update = lambda past, x, y, *given: seen.append(y) or update(past, x, y, *given)
@@ -712,6 +714,13 @@ def test_memory_does_not_grow_with_the_number_of_steps(task, regime, more):
             counts.append(len(alive))
             squared_error(prediction, task.query_y).mean().backward()
     assert counts[0] > 0 and max(counts[1:]) <= counts[0]
+
+
+def test_observations_to_come_are_refined_in_parts_that_do_not_grow_with_the_number_of_steps(task):
+    model, read, sizes = make("implicit", decoder="solve").eval(), common.Implicit.read, []
+    model.read = lambda past, encoded, query_x, step: sizes.append(query_x.shape[1]) or read(model, past, encoded, query_x, step)
+    list(refine(model, task._replace(context_x=torch.randn(10, B, N, X), context_y=torch.randn(10, B, N, Y))))
+    assert sum(sizes) == 10 * Q + N * sum(range(10)) and max(sizes) == 4 * N
 
 
 @pytest.mark.parametrize("regime,more", [*((regime, {}) for regime in common.REGIMES), ("implicit", dict(decoder="solve"))])
