@@ -72,8 +72,8 @@ def mini_batches(model, task):
 
     For implicit models with `--decoder solve` y is (B, n, 2 Y): the targets, then the residuals of the observations' own
     predictions. In this regime only queries have any. So each observation is a query of all mini-batches before its own, and
-    meets them as the task's queries do, at the same sizes: its residual tells how far these have come. Keeping earlier
-    mini-batches, on a stream, would give the same numbers; here all observations to come are refined together.
+    meets them as the task's queries do, at the same sizes: its residual tells how far these have come. Here all observations
+    to come meet each mini-batch in turn; on a stream, keeping earlier mini-batches would give the same numbers.
     """
     K, _, N, _ = task.context_x.shape
     sizes = [int(draw_size(N, ())) for _ in range(K)] if model.training and not model.causal else [N] * K
@@ -81,18 +81,14 @@ def mini_batches(model, task):
     if not model.shows_residuals:
         yield from batches
         return
-    later = torch.cat([x for x, _ in batches], 1)  # the observations to come (B, their number, X)
-    past = [model.initial_state(later)] * model.history
+    pasts = [[model.initial_state(x)] * model.history for x, _ in batches]  # of the observations of each
     for step, (x, y) in enumerate(batches):
-        n = x.shape[1]
-        wrong = residuals(model.loss, model.predict(past[-1][None, :, :n], x)[0], y)
+        wrong = residuals(model.loss, model.predict(pasts[step][-1][None], x)[0], y)
         y = torch.cat([y, wrong], -1)
         yield x, y
-        later, past = later[:, n:], [state[:, n:] for state in past]
-        if step < K - 1:
-            encoded = model.encode(x, y, step)
-            parts = zip(*(part.split(4 * N, 1) for part in (later, *past)))  # four mini-batches at once: no more memory than a step needs
-            past = [*past[1:], torch.cat([model.read(states, encoded, some, step)[-1] for some, *states in parts], 1)]
+        encoded = model.encode(x, y, step)
+        for later in range(step + 1, K):  # one at a time: memory does not grow with K
+            pasts[later] = [*pasts[later][1:], model.read(pasts[later], encoded, batches[later][0], step)[-1]]
 
 
 def residuals(loss, predictions, y):
