@@ -86,7 +86,7 @@ def mini_batches(model, task):
         wrong = residuals(model.loss, model.predict(pasts[step][-1][None], x)[0], y)
         y = torch.cat([y, wrong], -1)
         yield x, y
-        encoded = model.encode(x, y, step)
+        encoded = model.encode(x, y, step) if step < K - 1 else None
         for later in range(step + 1, K):  # one at a time: memory does not grow with K
             pasts[later] = [*pasts[later][1:], model.read(pasts[later], encoded, batches[later][0], step)[-1]]
 

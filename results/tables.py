@@ -91,6 +91,25 @@ def command(results):
     return f"`{text}{edited}`"
 
 
+# Tables 2 to 4 of the paper after 1, 5 and 10 steps: linear regression, MNIST, from there FashionMNIST, FashionMNIST, from there MNIST.
+QUOTED = {
+    ("parametric", "grad"): ("51.3 / 4.1 / 0.5", "76.2 / 48.6 / 39.7", "66.7 / 51.8 / 43.5", "63.8 / 41.6 / 38.1", "79.9 / 49.5 / 40.7"),
+    ("parametric", "data"): ("16.3 / 0.5 / 0.3", "43.9 / 35.5 / 36.6", "40.5 / 34.3 / 35.3", "35.9 / 30.8 / 29.8", "38.8 / 31.3 / 29.1"),
+    ("parametric", "both"): ("25.1 / 0.6 / 0.4", "52.3 / 39.2 / 32.0", "48.2 / 37.5 / 32.0", "37.7 / 32.0 / 30.5", "41.9 / 33.4 / 30.3"),
+    ("explicit", "grad"): ("55.5 / 9.4 / 2.9", "90.4 / 86.9 / 81.4", "90.8 / 84.4 / 78.9", "88.2 / 70.8 / 56.4", "89.3 / 76.4 / 65.7"),
+    ("explicit", "data"): ("19.7 / 2.6 / 2.4", "89.2 / 88.7 / 88.8", "90.0 / 90.0 / 90.0", "90.0 / 90.0 / 90.1", "90.3 / 90.2 / 90.2"),
+    ("explicit", "both"): ("24.4 / 2.6 / 2.1", "72.5 / 67.1 / 75.1", "62.9 / 58.3 / 69.5", "51.1 / 47.5 / 45.1", "61.2 / 57.7 / 54.4"),
+    ("implicit", "data"): ("14.8 / 6.2 / 4.7", "24.9 / 12.4 / 9.7", "31.9 / 26.1 / 24.2", "22.8 / 18.8 / 17.8", "29.1 / 16.9 / 15.7"),
+}
+
+
+def quoted(results):
+    """What the paper has for the data of a run, in the order of its metrics; nothing where these are not the paper's."""
+    args = results["args"]
+    mine = {"linreg": slice(1), "fmnist": slice(3, 5), "auto": slice(1, 3), "mnist": slice(1, 3)}.get(args.get("dataset", results["script"]))
+    return QUOTED[args["regime"], args["signal"]][mine] if mine else [""] * len(results["metrics"])
+
+
 # ---------------------------------------------------------------- one function a table
 
 
@@ -116,30 +135,41 @@ def quick():
 
 def linreg():
     """Squared error, its multiple of the oracle, and the paper at 5 steps (tables 2, 3 and 4)."""
-    paper = {"linreg": 0.5, "linreg-explicit": 2.6, "linreg-implicit": 6.2}
-    files = [*paper, "linreg-implicit-linear", "linreg-span", "linreg-noclock", "linreg-explicit-noclock", "linreg-implicit-linear-noclock"]
+    files = ["linreg", "linreg-explicit", "linreg-implicit", "linreg-implicit-linear", "linreg-span", "linreg-noclock", "linreg-explicit-noclock", "linreg-implicit-linear-noclock"]
     rivals = read("linreg")["baselines"]["id"]
     numbers = lambda m: [*cells(m, (1, 5, 10), 3), f"{value(m, 5) / value(rivals['ridge, all seen'], 5):.2f}"]
-    rows = [[command(r), r["seeds"], *numbers(r["metrics"]["id"]), minutes(r), paper.get(name, "")] for name, r in zip(files, map(read, files))]
+    rows = [[command(r), r["seeds"], *numbers(r["metrics"]["id"]), minutes(r), *quoted(r)] for r in map(read, files)]
     rows += [[f"*{name}*", "", *numbers(m), "", ""] for name, m in rivals.items()]
-    return table(["command", "seeds", "1", "5", "10", "× oracle at 5", "minutes", "paper at 5"], rows)
+    return table(["command", "seeds", "1", "5", "10", "× oracle at 5", "minutes", "paper at 1 / 5 / 10"], rows)
 
 
 def paper():
     """Tasks of the paper's dimensions and mini-batches, models of laptop size; beside them its own errors (tables 2 to 4, rows "data")."""
-    quoted = {
-        "paper-linreg": ("16.3 / 0.5 / 0.3",), "paper-linreg-explicit": ("19.7 / 2.6 / 2.4",), **dict.fromkeys(("paper-linreg-implicit", "paper-linreg-implicit-linear"), ("14.8 / 6.2 / 4.7",)),
-        "paper-mnist-parametric": ("43.9 / 35.5 / 36.6", "40.5 / 34.3 / 35.3"), "paper-mnist-explicit": ("89.2 / 88.7 / 88.8", "90.0 / 90.0 / 90.0"),
-        **dict.fromkeys(("paper-mnist", "paper-mnist-long", "paper-mnist-linear"), ("24.9 / 12.4 / 9.7", "31.9 / 26.1 / 24.2")),
-    }  # fmt: skip
+    files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-linear")), *(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-long", "-linear"))]
     rows = []
-    for name, errors in quoted.items():
-        r = read(name)
-        for (split, m), theirs in zip(r["metrics"].items(), errors):
+    for r in map(read, files):
+        for (split, m), theirs in zip(r["metrics"].items(), quoted(r)):
             rival, digits = ("ridge, all seen", 3) if r["script"] == "linreg" else ("kernel ridge", 1)
             first = [command(r), r["seeds"], minutes(r)] if split == "id" else ["the same, out of distribution", "", ""]
             rows.append([*first, m["data"], *cells(m, (1, 5, 10), digits), theirs, f"{rival} {value(r['baselines'][split][rival], 5):.{digits}f}"])
     return table(["command", "seeds", "minutes", "data", "after 1", "5", "10", "paper after 1 / 5 / 10", "baselines after 5"], rows)
+
+
+def signals():
+    """The paper's tables 2 to 4 row by row, each beside ours at its task sizes."""
+
+    def ours(row, digits):
+        one, five, ten = (f"{value(row, k):.{digits}f}" for k in (1, 5, 10))
+        return f"{one} / {at(row, 5, digits)} / {ten}"
+
+    rows = []
+    for (regime, signal), theirs in QUOTED.items():
+        end = f"-{signal}" * (signal != "data")
+        files = "paper-linreg" + f"-{regime}" * (regime != "parametric"), *(f"paper-{data}" + f"-{regime}" * (regime != "implicit") for data in ("mnist", "fmnist"))
+        found = [read(file + end)["metrics"].values() if (HERE / f"{file}{end}.json").exists() else None for file in files]
+        mine = [[ours(m, 1 + 2 * (i == 0)) for m in metrics] if metrics else [NOT_RUN] * (1 + (i > 0)) for i, metrics in enumerate(found)]
+        rows += [[regime, signal, "here", *sum(mine, [])], ["", "", "paper", *theirs]]
+    return table(["regime", "signal", "", "linear regression", "MNIST", "→ FashionMNIST", "FashionMNIST", "→ MNIST"], rows)
 
 
 def method():
@@ -238,34 +268,29 @@ def ablations():
 
 
 def errors(files):
-    """Error in % of the files, each with what the paper has for its splits; one block a split, baselines below the models."""
-    found, rows = [(read(name), paper) for name, paper in files.items()], []
-    for i, (split, m) in enumerate(found[0][0]["metrics"].items()):
+    """Error in % of the files, each with what the paper has; one block a split, baselines below the models."""
+    found, rows = list(map(read, files)), []
+    for i, (split, m) in enumerate(found[0]["metrics"].items()):
         rows.append([f"**{m['data']}**" + (" (out of distribution)" if split != "id" else ""), *[""] * 7])
-        for r, paper in found:
-            rows.append([command(r), r["seeds"], *cells(r["metrics"][split], (1, 2, 5, 10)), minutes(r) if split == "id" else "", paper[i]])
-        beside = {name: row for r, _ in found for name, row in r["baselines"][split].items()}  # of the same tasks in every file
+        for r in found:
+            rows.append([command(r), r["seeds"], *cells(r["metrics"][split], (1, 2, 5, 10)), minutes(r) if split == "id" else "", quoted(r)[i]])
+        beside = {name: row for r in found for name, row in r["baselines"][split].items()}  # of the same tasks in every file
         rows += [[f"*{name}*", "", *cells(row, (1, 2, 5, 10)), "", ""] for name, row in beside.items()]
-    return table(["error %", "seeds", "1", "2", "5", "10", "minutes", "paper at 1 / 5"], rows)
+    return table(["error %", "seeds", "1", "2", "5", "10", "minutes", "paper at 1 / 5 / 10"], rows)
 
 
 def mnist():
-    parametric = "43.9 / 35.5", "40.5 / 34.3"
-    return errors({
-        **dict.fromkeys(("mnist", "mnist-linear", "mnist-linear-random"), ("24.9 / 12.4", "31.9 / 26.1")), "mnist-parametric": parametric, "mnist-span": parametric, "mnist-explicit": ("89.2 / 88.7", "90.0 / 90.0"),
-    })  # fmt: skip
+    return errors(("mnist", "mnist-linear", "mnist-linear-random", "mnist-parametric", "mnist-span", "mnist-explicit"))
 
 
 def fmnist():
     """The other direction: trained on FashionMNIST."""
-    return errors({
-        **dict.fromkeys(("fmnist", "fmnist-linear"), ("22.8 / 18.8", "29.1 / 16.9")), "fmnist-parametric": ("35.9 / 30.8", "38.8 / 31.3"), "fmnist-explicit": ("90.0 / 90.0", "90.3 / 90.2"),
-    })  # fmt: skip
+    return errors(("fmnist", "fmnist-linear", "fmnist-parametric", "fmnist-explicit"))
 
 
 def imagenet():
     """Other data: the paper's numbers say nothing here."""
-    return errors(dict.fromkeys(("imagenet", "imagenet-linear", "imagenet-linear-random", "imagenet-parametric", "imagenet-explicit"), ("", "", "")))
+    return errors(("imagenet", "imagenet-linear", "imagenet-linear-random", "imagenet-parametric", "imagenet-explicit"))
 
 
 def flow():
@@ -322,7 +347,7 @@ def sampler():
     return f"{what}; both in equal parts, as in training: {loop / ours:.1f} times."
 
 
-TABLES = {f.__name__: f for f in (bench, quick, linreg, paper, method, special, lengths, mnist, fmnist, imagenet, flow, toposort, graphs, ablations, scaling, race, cost)}
+TABLES = {f.__name__: f for f in (bench, quick, linreg, paper, signals, method, special, lengths, mnist, fmnist, imagenet, flow, toposort, graphs, ablations, scaling, race, cost)}
 
 
 def fill(text):
