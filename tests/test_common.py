@@ -715,11 +715,13 @@ def test_memory_does_not_grow_with_the_number_of_steps(task, regime, more):
 
 
 def test_observations_to_come_are_refined_a_mini_batch_at_a_time(task):
-    """So that memory does not grow with K; without gradients, none is held for them."""
-    model, read, sizes = make("implicit", decoder="solve").eval(), common.Implicit.read, []
-    model.read = lambda past, encoded, query_x, step: sizes.append(query_x.shape[1]) or read(model, past, encoded, query_x, step)
+    """So that memory does not grow with K. A mini-batch is encoded for the queries, and once more for all of these."""
+    model, (encode, read), encoded, sizes = make("implicit", decoder="solve").eval(), (common.Implicit.encode, common.Implicit.read), [], []
+    model.encode = lambda x, y, step: encoded.append(step) or encode(model, x, y, step)
+    model.read = lambda past, memory, query_x, step: sizes.append(query_x.shape[1]) or read(model, past, memory, query_x, step)
     list(refine(model, task))
     assert sizes == sum(([Q, *[N] * later] for later in reversed(range(K))), [])
+    assert sorted(encoded) == sorted([*range(K), *range(K - 1)])
 
 
 @pytest.mark.parametrize("regime,more", [*((regime, {}) for regime in common.REGIMES), ("implicit", dict(decoder="solve"))])
