@@ -349,9 +349,11 @@ def plot(out, script="mog_flow"):
     for split, m in results["metrics"].items():
         path = f"{out}/points_{split}.npz"
         with common.or_fail(f"{path} is missing or damaged"), np.load(path) as file:
-            points = [file[name][..., :2] for name in ("batches", "generated", "truth")]  # of all dimensions, two are drawn
-        plot_grid(f"{out}/grid_{split}.png", *points, results["args"]["steps"], m["data"])
-        plot_gif(f"{out}/refinement_{split}.gif", *points, results["args"]["steps"], m["data"])
+            points = [file[name] for name in ("batches", "generated", "truth")]
+        title = m["data"] + (" (two are drawn)" if points[0].shape[-1] > 2 else "")  # of its dimensions
+        points = [p[..., :2] for p in points]
+        plot_grid(f"{out}/grid_{split}.png", *points, results["args"]["steps"], title)
+        plot_gif(f"{out}/refinement_{split}.gif", *points, results["args"]["steps"], title)
     print(f"plots: {out}/error.png, excess.png, grid_*.png, refinement_*.gif")
 
 
