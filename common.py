@@ -76,7 +76,7 @@ def mini_batches(model, task):
     to come meet each mini-batch in turn; on a stream, keeping earlier mini-batches would give the same numbers.
     """
     K, _, N, _ = task.context_x.shape
-    sizes = [int(draw_size(N, ())) for _ in range(K)] if model.training and not model.causal else [N] * K
+    sizes = [model.size or int(draw_size(N, ())) for _ in range(K)] if model.training and not model.causal else [N] * K
     batches = [(x[:, :n], y[:, :n]) for x, y, n in zip(task.context_x, task.context_y, sizes)]
     if not model.shows_residuals:
         yield from batches
@@ -240,6 +240,7 @@ class Parametric(nn.Module):
     loss(prediction, y) -> (...), one number per observation, is the loss whose gradients the model sees.
     """
 
+    size = None  # of the mini-batches to come in training, where it is not drawn (`replayed`)
     shows_residuals = False  # not by way of `mini_batches`: with weights they are at hand
 
     def __init__(self, args, x_dim, y_dim, loss, basis):
@@ -293,9 +294,8 @@ class Parametric(nn.Module):
             prefix = prefix.expand(N, N).tril()
         parts = prefix[..., None] * wanted[:, None, :, : self.y_dim]  # (B, T, N, Y)
         if self.solve:
-            kernel = (phi @ phi.mT)[:, None] * prefix[..., None]  # (B, T, N, N): the prefix; parts beyond it come out 0
-            # solve_ex does not check: a system without a solution ends in a loss that is not finite, which the journal names.
-            parts = torch.linalg.solve_ex(kernel + wanted[:, None, :, -1].exp().diag_embed(), parts)[0]
+            kernel = (phi @ phi.mT)[:, None] * (prefix[..., None] * prefix[:, None])  # (B, T, N, N): the prefix; parts beyond it come out 0
+            parts = Solve.apply(kernel + noise(wanted[:, None, :, -1]), parts)
         change = parts.mT.flatten(1, 2) @ phi  # (B, T Y, F): all prefixes in one product
         return change.unflatten(1, (len(prefix), -1)).flatten(2).transpose(0, 1)
 
@@ -366,6 +366,38 @@ class Basis(nn.Module):
         return features.mul_(h.shape[-1] ** -0.5)  # in place: it is the largest tensor of a step
 
 
+class Solve(torch.autograd.Function):
+    """Solve.apply(a, b) is a^-1 b for symmetric positive definite a (..., N, N) and b (..., N, C), by one Cholesky factor for both passes.
+
+    On a GPU torch.linalg.solve takes hundreds of small kernels. Nothing waits for a check: a matrix that has no factor gives
+    NaN, and so a loss that is not finite, which the journal names.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b):
+        factor, failed = torch.linalg.cholesky_ex(a)
+        factor = factor.masked_fill(failed[..., None, None] != 0, math.nan)
+        x = substitute(factor, b)
+        ctx.save_for_backward(factor, x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        factor, x = ctx.saved_tensors
+        gradient = substitute(factor, gradient)
+        return -gradient @ x.mT, gradient
+
+
+def substitute(factor, b):
+    """(L L^T)^-1 b of a triangular factor L."""
+    return torch.linalg.solve_triangular(factor.mT, torch.linalg.solve_triangular(factor, b, upper=False), upper=True)
+
+
+def noise(log_variance):
+    """(..., N) -> diagonal matrices of variances (..., N, N). With less than 0.001 float32 may not solve."""
+    return (log_variance.exp() + 1e-3).diag_embed()
+
+
 def gaussian_kernel(a, b):
     """exp(-|a - b|^2 / X) of all pairs, a (B, Q, X) and b (B, N, X) -> (B, Q, N): that of `Basis`, with all of its features."""
     return ((2 * a @ b.mT - a.square().sum(-1)[..., None] - b.square().sum(-1)[..., None, :]) / a.shape[-1]).exp()
@@ -382,6 +414,8 @@ class Implicit(nn.Module):
     With --decoder solve the mini-batch's tokens hold residuals (`mini_batches`), and say how far each is to be trusted. Kernel
     ridge regression carries the residuals over to the queries, and what these read corrects the result.
     """
+
+    size = None  # as above
 
     def __init__(self, args, x_dim, y_dim, loss=None, basis=None):
         super().__init__()
@@ -436,13 +470,13 @@ class Implicit(nn.Module):
         result, k(query_x, x) (k(x, x) + diag(variance))^-1 wanted, is what that change of the weights does to predictions,
         too. Here k needs no finite phi.
         """
-        wanted, variance = wanted[..., :-1], (wanted[..., -1].exp() + 1e-3).diag_embed()  # with less, float32 may not solve
+        wanted, variance = wanted[..., :-1], noise(wanted[..., -1])
         weights, system = self.kernel(query_x, x), self.kernel(x, x)
         if visible is None:
-            return weights @ torch.linalg.solve_ex(system + variance, wanted)[0]
+            return weights @ Solve.apply(system + variance, wanted)
         seen = visible[:, 0]  # (B, Q, N): a system for each query (B, Q, N, N); weights of what it does not see come out 0
-        system = system[:, None] * seen[..., None] + variance[:, None]
-        return torch.linalg.solve_ex(system, (weights * seen)[..., None])[0][..., 0] @ wanted
+        system = system[:, None] * (seen[..., None] & seen[:, :, None]) + variance[:, None]
+        return Solve.apply(system, (weights * seen)[..., None])[..., 0] @ wanted
 
     def update(self, past, x, y, query_x, step=0):
         """r_gamma of eq. 8: the last H states (B, Q, P) and a mini-batch, after `step` others -> the next states (1, B, Q, P)."""
@@ -643,6 +677,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the transformer; states and losses stay in float32")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster on a GPU")
+    add("--launch", choices=("eager", "graph"), default="eager", help="graph: a GPU replays each training step as a whole, several times faster; its mini-batches then share one of at most 16 sizes")
     add("--out", type=path, help="folder for checkpoint, log, results and plots (default: out/<script>-<what differs from the defaults>)")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--resume", type=path, metavar="DIR", help="go on with the run in DIR")
@@ -697,6 +732,8 @@ def parse_args(parser, presets, argv=None):
     if "eval_steps" in what:
         args.eval_steps = args.eval_steps or 2 * args.steps
     args.device, args.dtype, args.reason = pick_device(args.device, args.dtype)
+    if args.launch == "graph" and args.device == "cpu" and not args.eval:
+        fail("--launch graph needs a GPU (use --launch eager)")
     name = [script, *(f"{flag}_{given[flag]}" for flag in sorted(given.keys() - FREE) if given[flag] != before.get(flag, parser.get_default(flag)))]
     usual = os.path.join(os.path.dirname(args.eval), "eval") if args.eval else "out/" + "-".join(name)
     args.out_given, args.out = bool(args.out), args.resume or args.out or usual
@@ -828,10 +865,16 @@ def place(model, args):
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every size of a context, and training draws them
     model.to(args.device).transformer.dtype = getattr(torch, args.dtype)
     if args.compile:
-        for block in model.transformer.blocks:
-            block.compile()
+        compile_blocks(model.transformer)
     print(f"device {args.device}, dtype {args.dtype} ({args.reason}), {torch.get_num_threads()} threads; writes to {args.out}")
     return model
+
+
+def compile_blocks(transformer):
+    """For contexts of any size. By default torch.compile gives up after eight versions: with and without gradients, a memory, a mask ..."""
+    torch._dynamo.config.cache_size_limit = 64
+    for block in transformer.blocks:
+        block.compile(dynamic=True)
 
 
 def make_optimizer(model, args):
@@ -841,6 +884,47 @@ def make_optimizer(model, args):
         shares[0.03 if name.startswith("basis.") else 1.0].append(p)
     groups = [{"params": params, "share": share} for share, params in shares.items() if params]
     return torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+
+
+def replayed(step, model, args):
+    """--launch graph: `step` as a CUDA graph, which a GPU replays without waiting for Python to launch thousands of small kernels.
+
+    step() draws tasks, leaves gradients in the parameters and returns tensors. A graph's shapes are fixed, so all mini-batches of
+    a training step get one size. There are at most 16 sizes, and a graph for each, made when it is drawn first.
+    """
+    if args.launch == "eager":
+        return step
+    graphs, pool = {}, torch.cuda.graph_pool_handle()  # one pool for all: they never run at the same time
+
+    def capture():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(args.device), torch.random.fork_rng([args.device]):  # the replay draws what this would have drawn
+            torch.cuda.synchronize(args.device)
+            with torch.cuda.stream(torch.cuda.Stream(args.device)):
+                step()  # sets up what cannot be captured
+            model.zero_grad()
+            with torch.cuda.graph(graph, pool):
+                result = step()
+        return graph, result, [p.grad for p in model.parameters()]
+
+    def replay():
+        model.size = args.context if model.causal else rounded_size(args.context)
+        if model.size not in graphs:
+            with or_fail("--launch graph: this step cannot be captured (use --launch eager)"):
+                graphs[model.size] = capture()
+        graph, result, gradients = graphs[model.size]
+        graph.replay()
+        for p, gradient in zip(model.parameters(), gradients):
+            p.grad = gradient
+        return result
+
+    return replay
+
+
+def rounded_size(N):
+    """`draw_size` for all mini-batches of a training step, rounded up to one of at most 16 sizes."""
+    unit = -(-N // 16)
+    return min(N, -(-int(draw_size(N, ())) // unit) * unit)
 
 
 def set_learning_rate(optimizer, iteration, args):

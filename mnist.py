@@ -199,20 +199,27 @@ def train(model, images, args):
     optimizer = common.make_optimizer(model, args)
     journal = common.Journal(model, optimizer, args)
     model.train()
-    for iteration in journal:
-        common.seed_all(common.TRAINING, args.seed, iteration)
-        common.set_learning_rate(optimizer, iteration, args)
+
+    def step():
+        """Draws tasks and leaves the gradients of their K losses in the parameters -> the losses and the metric."""
         task = common.share(sample_tasks(images, args.tasks, args.steps, args))
         losses = []
         for prediction in refine(model, task):  # (T, B, Q, 10)
             step_loss = loss(prediction, task.query_y).mean()
             (step_loss / args.steps).backward()  # at once: memory does not grow with K
             losses.append(step_loss.detach())
+        return losses, error(prediction[-1].detach(), task.query_y).mean()
+
+    step = common.replayed(step, model, args)
+    for iteration in journal:
+        common.seed_all(common.TRAINING, args.seed, iteration)
+        common.set_learning_rate(optimizer, iteration, args)
+        losses, metric = step()
         common.average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        journal.log(losses, error(prediction[-1].detach(), task.query_y).mean())
+        journal.log(losses, metric)
     return journal.iteration, journal.seconds
 
 

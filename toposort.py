@@ -259,7 +259,7 @@ class LeafPredictor(nn.Module):
     attend to each other. Nothing tells rows or nodes apart but their values. With one step the state is a constant input.
     """
 
-    causal = shows_residuals = False  # what `refine` asks
+    causal, shows_residuals, size = False, False, None  # what `refine` asks
 
     def __init__(self, args):
         super().__init__()
@@ -307,20 +307,27 @@ def train(model, args):
     optimizer = common.make_optimizer(model, args)
     journal = common.Journal(model, optimizer, args)
     model.train()
-    for iteration in journal:
-        common.seed_all(common.TRAINING, args.seed, iteration)
-        common.set_learning_rate(optimizer, iteration, args)
+
+    def step():
+        """Draws tasks and leaves the gradients of their K losses in the parameters -> the losses and the metric."""
         task = common.share(sample_tasks(args.tasks, args.steps, args))
         losses = []
         for prediction in refine(model, task):  # (1, B, d)
             step_loss = loss(prediction, task.query_y, task.query_x).mean()
             (step_loss / args.steps).backward()  # at once: memory does not grow with K
             losses.append(step_loss.detach())
+        return losses, error(prediction[0].detach(), task.query_y, task.query_x).mean()
+
+    step = common.replayed(step, model, args)
+    for iteration in journal:
+        common.seed_all(common.TRAINING, args.seed, iteration)
+        common.set_learning_rate(optimizer, iteration, args)
+        losses, metric = step()
         common.average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        journal.log(losses, error(prediction[0].detach(), task.query_y, task.query_x).mean())
+        journal.log(losses, metric)
     return journal.iteration, journal.seconds
 
 

@@ -76,6 +76,11 @@ def write_features(path, classes, seed, dim=6, train=8, test=4):
     np.savez(path, scale=np.full(dim, 0.125, np.float32), **arrays)
 
 
+def pytest_collection_modifyitems(items):
+    """Those for a GPU come last: once gradients were taken there, a process cannot take any after a fork, and the tests of ranks fork."""
+    items.sort(key=lambda item: item.module.__name__ == "test_gpu")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def small_data(tmp_path_factory):
     """What IAI_DATA points to: MNIST, FashionMNIST and features at toy size. And no mirror to download from."""
@@ -90,9 +95,11 @@ def small_data(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Every test works in an empty folder of its own and draws the same numbers whichever tests ran before."""
+def elsewhere(request, tmp_path, monkeypatch):
+    """Every test works in an empty folder of its own, without a GPU unless it is about one, and draws the same numbers whichever tests ran before."""
     monkeypatch.chdir(tmp_path)
+    if request.module.__name__ != "test_gpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     torch.manual_seed(0)
 
 

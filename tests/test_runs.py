@@ -76,16 +76,6 @@ def test_twenty_iterations_equal_ten_an_interrupt_and_ten_more(script, monkeypat
     assert_same_run("straight", "broken")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_run_on_a_gpu_is_resumed_there(monkeypatch):
-    """What a checkpoint holds comes back on the CPU, also the rows of the log that are still to be written."""
-    sample, calls = linreg.sample_tasks, []
-    monkeypatch.setattr(linreg, "sample_tasks", lambda *args: (calls.append(1), len(calls) == 10 and signal.raise_signal(signal.SIGINT), sample(*args))[2])
-    call("linreg", TWENTY, "--device cuda --out run")
-    call("linreg", "--resume run --device cuda", tiny=False)
-    assert [json.loads(row)["iteration"] for row in open("run/log.jsonl")] == [20]
-
-
 @pytest.mark.parametrize("script", ("linreg", "mnist", "imagenet"))
 def test_an_evaluation_goes_as_far_as_it_is_told(script, finished_copy):
     """On the same tasks, so that what it passes on the way does not change."""

@@ -96,6 +96,7 @@ FLAGS = [  # flags, what the line must name
     ("--regime explicit --decoder linear --mask causal --latent-tokens 2", "--latent-tokens"),
     ("--regime parametric --decoder linear --mask none --latent-tokens 2", "--latent-tokens"),
     ("--device cuda:99", "cuda:99"),
+    ("--launch graph", "--launch eager"),
     ("--device gpu", "gpu"),
     ("--device meta", "meta"),
     ("--device cpu:x", "cpu:x"),
