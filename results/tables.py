@@ -67,8 +67,9 @@ def table(head, rows):
 
 
 def minutes(results):
-    """Of the processor, for all of the run."""
-    return f"{results['cpu_seconds'] / 60:.1f}"
+    """Of the processor, for all of the run; with a GPU those that training took, and its name."""
+    gpu = results["machine"].removeprefix("NVIDIA ").split()[0] if results["device"] != "cpu" else ""
+    return f"{results['train_seconds'] / 60:.1f} on an {gpu}" if gpu else f"{results['cpu_seconds'] / 60:.1f}"
 
 
 def command(results):
@@ -121,6 +122,7 @@ def quick():
         *((script + regime, "id", 1, images) for script in ("mnist", "imagenet") for regime in ("", "-parametric", "-explicit")),
         *(("toposort", split, 2, ("random order",)) for split in ("rff_in_8", "lin_in_8")),
         *((script, "id", 2, flow) for script in ("mog_flow", "alphabets")),
+        ("paper-mnist-gpu", "id", 1, images),
     ]
     rows = []
     for name, split, digits, rivals in jobs:
@@ -129,7 +131,7 @@ def quick():
         what = f"{m['name'].partition(',')[0]}{' (excess)' * bool(key)}: {m['data'].partition(' (')[0]}"
         others = "; ".join(f"{rival} {at(beside[rival], 5, digits, key).partition(' ')[0]}" for rival in rivals if rival in beside)
         rows.append([command(r), minutes(r), what, *cells(m, (1, 5), digits, key), others])
-    rows.append(["any with `--preset paper`, one GPU", NOT_RUN] + [""] * 4)
+    rows.append(["any other with `--preset paper`, one GPU", NOT_RUN] + [""] * 4)
     return table(["command", "minutes", "error", "after 1", "after 5", "baselines after 5"], rows)
 
 
@@ -145,7 +147,7 @@ def linreg():
 
 def paper():
     """Tasks of the paper's dimensions and mini-batches, models of laptop size; beside them its own errors (tables 2 to 4, rows "data")."""
-    files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-linear")), *(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-long", "-linear"))]
+    files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-linear")), *(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-long", "-linear", "-gpu"))]
     rows = []
     for r in map(read, files):
         for (split, m), theirs in zip(r["metrics"].items(), quoted(r)):
@@ -169,6 +171,8 @@ def signals():
         found = [read(file + end)["metrics"].values() if (HERE / f"{file}{end}.json").exists() else None for file in files]
         mine = [[ours(m, 1 + 2 * (i == 0)) for m in metrics] if metrics else [NOT_RUN] * (1 + (i > 0)) for i, metrics in enumerate(found)]
         rows += [[regime, signal, "here", *sum(mine, [])], ["", "", "paper", *theirs]]
+    large = [ours(m, 1) for m in read("paper-mnist-gpu")["metrics"].values()]
+    rows.insert(-1, ["", "", "here, preset paper", NOT_RUN, *large, NOT_RUN, NOT_RUN])
     return table(["regime", "signal", "", "linear regression", "MNIST", "→ FashionMNIST", "FashionMNIST", "→ MNIST"], rows)
 
 
@@ -343,11 +347,12 @@ def graphs():
 
 
 def bench():
-    """results/bench.json, implicit models that solve, and the paper's width, one row a script and regime; what is comparable are the ratios."""
+    """results/bench.json, implicit models that solve, the paper's width, and a GPU, one row a script and regime; what is comparable are the ratios."""
     columns = ("ms", "sampling", "x stock", "x limit", "x FLOP", "% peak", "% width", "x sum", "K^", "MB 10/1")
     text = []
-    for r in (load("bench"), load("bench-solve"), load("bench-wide")):
-        rows = [[f"`{row['script']}.py` {row['regime']}", *(f"{row['table'][key]:.3g}" for key in columns)] for row in r["rows"]]
+    for r in (load("bench"), load("bench-solve"), load("bench-wide"), load("bench-gpu")):
+        unlike = ("x limit", "x sum") if r["device"] != "cpu" else ()  # replayed steps, and parts that were launched one by one
+        rows = [[f"`{row['script']}.py` {row['regime']}", *("" if key in unlike else f"{row['table'][key]:.3g}" for key in columns)] for row in r["rows"]]
         text.append(f"{command(r)}: {r['machine']}, {r['threads']} thread(s), {r['dtype']}, {r['date'][:10]}.")
         text.append(table(["a training step", *columns], rows))
     return "\n\n".join([*text, sampler()])
