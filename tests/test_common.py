@@ -213,6 +213,21 @@ def test_without_a_mask_training_draws_one_length_for_the_whole_batch(task, regi
     assert (matches.sum(1) == 1).all() and matches.any(0).all()
 
 
+@pytest.mark.parametrize("regime", common.REGIMES)
+def test_where_steps_are_replayed_all_mini_batches_have_the_size_that_is_set(task, regime):
+    model = make(regime, mask="none").train()
+    model.size = N - 2
+    assert [x.shape[1] for x, _ in common.mini_batches(model, task)] == [N - 2] * K
+    assert [x.shape[1] for x, _ in common.mini_batches(model.eval(), task)] == [N] * K
+
+
+@pytest.mark.parametrize("most", (1, 5, 16, 17, 100, 256))
+def test_replayed_steps_have_at_most_sixteen_sizes_and_half_are_whole(most):
+    sizes = [common.rounded_size(most) for _ in range(2000)]
+    assert 1 <= min(sizes) and max(sizes) == most and min(len(set(sizes)), 16) == len(set(sizes)) >= min(most, 9)
+    assert 0.45 < sizes.count(most) / 2000 and (most < 5 or sizes.count(most) / 2000 < 0.65)
+
+
 def test_a_state_of_several_latent_tokens_uses_them_all(task):
     model = make("explicit", mask="none", latent_tokens=3, history=2).eval()
     x, y, (older, newest) = task.context_x[0], task.context_y[0], past_states(model, task)
