@@ -9,7 +9,7 @@ Out of distribution: the other dataset. The metric is the error in %; guessing c
     python mnist.py --regime parametric             # the weights of a linear predictor as state: 37% and 25%
     python mnist.py --regime explicit               # those of a trained network's last layer: 33% and 18%
     python mnist.py --method paper                  # implicit, as the paper does it, so far as flags go: 33% and 23%
-    python mnist.py --preset paper --launch graph   # the paper's sizes, on one GPU
+    python mnist.py --preset paper --launch graph   # implicit, at the paper's sizes: 23% and 11%; under four minutes on an H100
 """
 
 import collections
@@ -31,7 +31,7 @@ CLASSES = 10
 OTHER = {"mnist": "fmnist", "fmnist": "mnist", "glyphs": "letters"}  # what each dataset is tested on out of distribution
 NAMES = {"mnist": "MNIST", "fmnist": "FashionMNIST", "glyphs": "glyphs (drawn digits, not MNIST)", "letters": "glyphs (drawn letters A-J)"}
 # Two heads of 128 numbers: a head that is narrower than x cannot compare two images.
-PRESETS = {"paper": dict(context=100, queries=100, tasks=128, width=256, depth=4, heads=2, iters=50_000, lr=3e-4)}
+PRESETS = {"paper": dict(context=100, queries=100, tasks=128, width=256, depth=4, heads=2, iters=5000, lr=1e-3)}
 
 
 def get_args(argv=None):
