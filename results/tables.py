@@ -147,7 +147,7 @@ def linreg():
 
 def paper():
     """Tasks of the paper's dimensions and mini-batches, models of laptop size; beside them its own errors (tables 2 to 4, rows "data")."""
-    files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-linear")), *(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-long", "-linear", "-gpu"))]
+    files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-linear")), *(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-long", "-linear", "-wide", "-gpu"))]
     rows = []
     for r in map(read, files):
         for (split, m), theirs in zip(r["metrics"].items(), quoted(r)):
