@@ -733,7 +733,7 @@ def parse_args(parser, presets, argv=None):
         args.eval_steps = args.eval_steps or 2 * args.steps
     args.device, args.dtype, args.reason = pick_device(args.device, args.dtype)
     if args.launch == "graph" and args.device == "cpu" and not args.eval:
-        fail("--launch graph needs a GPU (use --launch eager)")
+        fail("--launch graph needs a GPU; without one, start a run with --launch eager")
     name = [script, *(f"{flag}_{given[flag]}" for flag in sorted(given.keys() - FREE) if given[flag] != before.get(flag, parser.get_default(flag)))]
     usual = os.path.join(os.path.dirname(args.eval), "eval") if args.eval else "out/" + "-".join(name)
     args.out_given, args.out = bool(args.out), args.resume or args.out or usual
