@@ -325,12 +325,27 @@ def test_kernel_residual_equals_leaving_rows_out_one_by_one():
         for node in left:
             rest = x[0, b][:, [other for other in left if other != node]].double().numpy()
             y = x[0, b, :, node].double().numpy()
-            kernel = np.exp(-((rest[:, None] - rest[None]) ** 2).mean(-1) / 2)
+            kernel = np.exp(4 * np.exp(-((rest[:, None] - rest[None]) ** 2) / 2).mean(-1) - 4)
             for row in range(15):
                 others = [r for r in range(15) if r != row]
                 fit = np.linalg.solve(kernel[np.ix_(others, others)] + 0.1 * np.eye(14), y[others])
                 assert residual[b, row, node] == pytest.approx(3 * (y[row] - kernel[row, others] @ fit), abs=2e-3)
             assert size[b, 0, node] == pytest.approx(math.log(float(residual[b, :, node].square().mean()) / 9 + 1e-5) / 2, abs=1e-3)
+
+
+def test_relations_equal_correlations_of_what_regressions_leave():
+    x, _ = dataset(K=1, N=60, d=5)
+    alive = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 1], [1, 1, 0, 1, 0]]).bool()
+    found = toposort.relations(x[0], alive)
+    assert torch.equal(found[..., 2:], found[..., :2].abs())
+    for b in range(3):
+        left = alive[b].nonzero().flatten().tolist()
+        z = x[0, b].double().numpy()
+        for i, j in itertools.permutations(left, 2):
+            assert found[b, i, j, 0] == pytest.approx(np.corrcoef(z[:, i], z[:, j])[0, 1], abs=1e-3)
+            rest = np.stack([np.ones(60), *(z[:, k] for k in left if k not in (i, j))], 1)
+            r = [z[:, k] - rest @ np.linalg.lstsq(rest, z[:, k], rcond=None)[0] for k in (i, j)]
+            assert found[b, i, j, 1] == pytest.approx(np.corrcoef(*r)[0, 1], abs=2e-2), "up to the ridge"
 
 
 def test_loss_is_minus_the_log_of_the_chance_to_remove_a_leaf():
