@@ -21,8 +21,8 @@ import torch.nn as nn
 
 MECHANISMS = ("lin", "rff")
 TRAINED_ON = {"both": MECHANISMS, "lin": ("lin",), "rff": ("rff",)}
-# Width, depth, heads, 20 and 50 nodes are those of FiP and Cond-FiP, the rest is our choice.
-PRESETS = {"paper": dict(nodes=20, eval_nodes=50, context=100, steps=5, tasks=32, width=256, depth=4, heads=8, iters=50_000, lr=3e-4)}
+# 20 and 50 nodes are the paper's, width, depth and heads those of FiP and Cond-FiP; the rest is our choice.
+PRESETS = {"paper": dict(nodes=20, eval_nodes=50, context=100, tasks=32, width=256, depth=4, heads=8, iters=50_000, lr=3e-4)}
 
 
 def get_args(argv=None):
@@ -107,13 +107,18 @@ def watts_strogatz(B, d, device, rewire=0.3):
 
 
 def stochastic_blocks(B, d, device, edges=2, damp=0.1):
-    """5 or 10 groups of random sizes (one may be empty); pairs across groups are joined ten times more rarely; 2 edges a node."""
+    """5 or 10 groups of random sizes (one may be empty); 2 edges a node; pairs across groups are joined ten times more rarely.
+
+    Small graphs have too few pairs within groups for that: nearly all are joined, and those across as often as it takes.
+    """
     groups = (5 * torch.randint(1, 3, (B, 1), device=device)).clamp(max=d)
     cut = torch.rand(B, d, device=device).argsort(1).argsort(1) < groups - 1  # a new group begins here
     group = cut.cumsum(1).gather(1, torch.rand(B, d, device=device).argsort(1))
-    weight = torch.where(group[:, :, None] == group[:, None], 1.0, damp)
-    inside = edges * d / weight.triu(1).sum((1, 2), keepdim=True)  # the chance of a pair of one group
-    return (torch.rand(B, d, d, device=device) < inside.clamp(max=0.99) * weight).triu(1)
+    same = group[:, :, None] == group[:, None]
+    within, across = (pairs.triu(1).sum((1, 2), keepdim=True) for pairs in (same, ~same))  # how many pairs there are
+    inside = (edges * d / (within + damp * across)).clamp(max=0.99)  # the chance of a pair of one group
+    outside = (edges * d - inside * within) / across
+    return (torch.rand(B, d, d, device=device) < torch.where(same, inside, outside)).triu(1)
 
 
 # In and out of distribution. Families and ranges are those of the simulators of AVICI and causica, which related work uses, too.
@@ -299,7 +304,7 @@ class LeafPredictor(nn.Module):
         if self.clock is not None:
             h = h + self.clock / (step + 1)
         others = alive[:, None] & ~torch.eye(d, dtype=torch.bool, device=x.device)  # (B, d, d)
-        related = self.relation(relations(x, alive)) * others[..., None]
+        related = self.relation(relations(x, alive)) * others[..., None]  # to itself 0: no maximum is below
         related = torch.cat([related[..., ::2].sum(2) / others.sum(2, keepdim=True), related[..., 1::2].amax(2)], -1)
         with self.transformer.autocast(x):
             for block in self.transformer.blocks[: self.depth]:

@@ -110,6 +110,11 @@ def test_density_and_share_of_leaves_at_20_nodes(family):
     assert toposort.leaves(graph).double().mean() == pytest.approx(LEAVES[family.__name__], abs=0.04)
 
 
+@pytest.mark.parametrize("d", (8, 12))
+def test_blocks_are_no_sparser_in_small_graphs(d):
+    assert toposort.stochastic_blocks(1000, d, "cpu").sum((1, 2)).double().mean() / d == pytest.approx(2, abs=0.06)
+
+
 def test_scale_free_in_has_one_leaf_and_hubs_of_parents_and_out_is_its_mirror():
     inward, outward = toposort.scale_free_in(300, 20, "cpu"), toposort.scale_free_out(300, 20, "cpu")
     assert (toposort.leaves(inward).sum(1) == 1).all()
