@@ -92,7 +92,7 @@ def mini_batches(model, task):
 
 
 def residuals(loss, predictions, y):
-    """Gradient of each observation's loss in its prediction: p - y for cross-entropy, and twice that for squares.
+    """Gradient of each observation's loss in its prediction: p - y for cross-entropy (times the size of y, where that is not 1), and twice that for squares.
 
     Predictions and y are (B, N, Y), and so is the result. It is an input of the model, as the gradients are: nothing flows
     back into it.

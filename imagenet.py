@@ -40,8 +40,8 @@ NAMES = {
     "imagenet": "ImageNet", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
     "tiny_imagenet": "Tiny ImageNet", "synthetic": "synthetic Gaussian classes (no images)", "strangers": "other synthetic Gaussian classes",
 }  # fmt: skip
-# Ways follow from the paper's tables; width, depth, heads, tasks and hidden are those of related work; the rest is our choice.
-PRESETS = {"paper": dict(ways=100, dim=1024, context=100, queries=100, tasks=128, width=256, depth=4, heads=4, hidden=512, iters=50_000, lr=3e-4)}
+# Ways follow from the paper's tables; width, depth and tasks are those of related work; the rest is our choice.
+PRESETS = {"paper": dict(ways=100, dim=1024, queries=100, tasks=128, width=256, depth=4, iters=50_000, lr=3e-4)}
 
 # One part of a dataset: features x (n, dim), sorted by class, and where the C classes start and how many rows each has (C,).
 Split = collections.namedtuple("Split", "x start count")

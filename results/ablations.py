@@ -149,8 +149,8 @@ def summarize(base, change):
 
 
 def differ(one, other):
-    """Whether two variants are more than two standard errors, and 2%, apart after the trained steps or later."""
-    limit = lambda k: max(2 * math.hypot(one["stderr"][k], other["stderr"][k]), 0.02 * one["mean"][k])
+    """Whether two variants are more than 2.8 standard errors (5% by Student's t, three seeds each), and 2%, apart after the trained steps or later."""
+    limit = lambda k: max(2.8 * math.hypot(one["stderr"][k], other["stderr"][k]), 0.02 * one["mean"][k])
     return any(abs(one["mean"][k] - other["mean"][k]) > limit(k) for k in range(one["trained"], len(one["mean"])))
 
 

@@ -86,7 +86,7 @@ def descend(optimizer, w, batches, objective):
 
 
 def adapt(w, rate, batches, objective, order=2):
-    """SGD as MAML trains through it: steps from w (B, P), yields each next. To who differentiates it, first order takes slopes as constants."""
+    """SGD as MAML trains through it: steps from w (B, P), yields each next. With order 1 slopes count as constants when it is differentiated."""
     for x, y in batches:
         slope = torch.func.grad(objective)(w, x, y)
         w = w - rate * (slope if order == 2 else slope.detach())
