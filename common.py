@@ -514,7 +514,7 @@ def fail(message, code=2, leave=sys.exit):
     """Ends the program with one line on stderr."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # or it would draw itself once more, below the line
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *str(message).splitlines(), file=sys.stderr)
     leave(code)
 
 
@@ -530,6 +530,7 @@ def or_fail(message, *how):
 def run(main):
     """What a script does when it is started: what its own checks could not foresee ends in one line, too."""
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed, as by 2>&-
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit its encoding
     try:
@@ -541,6 +542,8 @@ def run(main):
     except OSError as problem:  # a file that may not be read, a name that is too long, a full disk
         fail(problem)
     except (MemoryError, RuntimeError) as problem:
+        if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no compiler, or one that is too old
+            fail(f"--compile failed: run without it ({textwrap.shorten(str(problem), 100)})")
         if isinstance(problem, RuntimeError) and not any(word in str(problem) for word in ("allocate", "overflow")):
             raise
         fail("not enough memory for this: fewer --tasks, --steps, --context or --queries, or a smaller --width, need less")
@@ -732,7 +735,7 @@ def parse_args(parser, presets, argv=None):
     if "eval_steps" in what:
         args.eval_steps = args.eval_steps or 2 * args.steps
     args.device, args.dtype, args.reason = pick_device(args.device, args.dtype)
-    if args.launch == "graph" and args.device == "cpu" and not args.eval:
+    if args.launch == "graph" and args.device.startswith("cpu") and not args.eval:
         fail("--launch graph needs a GPU; without one, start a run with --launch eager")
     name = [script, *(f"{flag}_{given[flag]}" for flag in sorted(given.keys() - FREE) if given[flag] != before.get(flag, parser.get_default(flag)))]
     usual = os.path.join(os.path.dirname(args.eval), "eval") if args.eval else "out/" + "-".join(name)
@@ -798,8 +801,8 @@ RUN_FILES = ("checkpoint.pt", "log.jsonl", "results.json", "points_*.npz", "erro
 def check_out(args):
     """Refuses a folder that cannot be written or that holds another run; makes nothing yet."""
     held = [pattern for pattern in RUN_FILES if glob.glob(pattern, root_dir=args.out)]
-    if args.eval and "checkpoint.pt" in held:
-        fail(f"--out {args.out} holds the checkpoint of this or another run, whose files an evaluation would replace: give another folder")
+    if args.eval and {"checkpoint.pt", "log.jsonl"} & {*held}:
+        fail(f"--out {args.out} holds this or another run, whose files an evaluation would replace: give another folder")
     if held and not (args.resume or args.overwrite or RANK):
         fail(f"{args.out} already holds a run: --overwrite replaces it, --resume goes on with it, another --out leaves it alone")
     out = Path(args.out).absolute()
@@ -841,7 +844,7 @@ def read_log(out):
     if not os.path.exists(path):  # stopped before the first row
         return []
     with or_fail(f"{path} is damaged"), open(path) as f:
-        return [json.loads(line) for line in f]
+        return [{key: row[key] for key in ("iteration", "loss", "metric", "lr", "seconds")} for row in map(json.loads, f)]
 
 
 def load_checkpoint(path, script):
@@ -958,12 +961,6 @@ class Journal:
                 self.iteration, self.seconds = args.checkpoint["iteration"], args.checkpoint["train_seconds"]
                 self.pending = [row.to(args.device) for row in args.checkpoint["pending"]]
             self.rows = [row for row in read_log(args.out) if row["iteration"] <= self.iteration]  # what came after it will be replayed
-        elif not RANK:
-            with or_fail(f"cannot write to --out {args.out}"):
-                os.makedirs(args.out, exist_ok=True)
-                self.save()
-                for name in (name for pattern in RUN_FILES[1:] for name in glob.glob(pattern, root_dir=args.out)):
-                    os.unlink(os.path.join(args.out, name))  # of the run that --overwrite replaces
 
     def __iter__(self):
         self.handlers = {signum: signal.signal(signum, self.interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -978,6 +975,10 @@ class Journal:
             self.iteration += 1
             self.seconds = time.time() - start
             self.bar.update()
+            if self.iteration == 1:  # not before: what cannot run at all leaves the run alone that --overwrite replaces
+                self.save()
+                for name in (name for pattern in RUN_FILES[1:] * (not RANK) for name in glob.glob(pattern, root_dir=self.args.out)):
+                    os.unlink(os.path.join(self.args.out, name))
             if self.iteration % self.every == 0 or self.iteration == self.args.iters:
                 self.flush()
             if time.time() - saved > self.save_seconds:
@@ -1011,7 +1012,8 @@ class Journal:
         finite.append(all(p.isfinite().all() for p in self.model.parameters()))  # which spoil the iteration to come
         if not all(finite):
             bad = self.iteration - len(self.pending) + 1 + finite.index(False)
-            fail(f"loss or weights are not finite at iteration {bad}; {self.path} holds the last good state (a lower --lr may help)")
+            kept = f"; {self.path} holds the last good state" if self.iteration > 1 else ""
+            fail(f"loss or weights are not finite at iteration {bad}{kept} (a lower --lr may help)")
 
     def flush(self):
         self.check_finite()
@@ -1128,6 +1130,7 @@ def save_figure(fig, path, dpi=160):
     replace_file(path, lambda f: fig.savefig(f, dpi=dpi, format="png"))
 
 
+@or_fail("nothing is drawn: results.json or log.jsonl is damaged, or they are of different runs")
 def plot_steps(out, results, log_scale=False):
     """error.png: the metric against the step, with baselines, one panel a split; and the training loss of each step.
 
@@ -1163,7 +1166,8 @@ def plot_steps(out, results, log_scale=False):
         ax = fig.add_subplot(rows, columns, panels)
         for k in range(K):
             color = colormaps["viridis"](k / max(K, 2))
-            ax.plot([row["iteration"] for row in log], [row["loss"][k] for row in log], color=color, lw=1, label=f"step {k + 1}")
+            label = f"step {k + 1}" if K <= 10 or k in (0, K // 2, K - 1) else None
+            ax.plot([row["iteration"] for row in log], [row["loss"][k] for row in log], "." * (len(log) == 1) + "-", color=color, lw=1, label=label)
         ax.set_title("training loss of each step", fontsize=10)
         ax.set(xlabel="iteration", ylabel="loss")
         ax.grid(alpha=0.3)

@@ -120,17 +120,23 @@ def edited(change):
     return folder
 
 
+def whole(file):
+    """Whether these are results of a run that was not stopped early."""
+    return file.exists() and (found := json.loads(file.read_text()))["iterations"] == found["args"]["iters"]
+
+
 def run(base, change, seed):
     """-> the results of a finished run; starts it, or goes on with it, where there is none. `change` is flags, or the name of an edit."""
     code, flags = (edited(change), "") if change in EDITS else (ROOT, change)
-    words = [*base.split(), *flags.split(), "--seed", str(seed)]
+    real = ["--dataset", "mnist"] * base.startswith("mnist.py")  # the default, where it is there: never drawn digits in its place
+    words = [*base.split(), *real, *flags.split(), "--seed", str(seed)]
     folder = OUT / re.sub("-+", "-", "-".join(words + [change] * (code != ROOT)).replace(".py", ""))
     file = folder / "results.json"
-    if not file.exists():
+    if not whole(file):
         where = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else ["--out", str(folder)]
         env = os.environ | {"IAI_DATA": os.path.abspath(os.environ.get("IAI_DATA", ROOT / "data"))}  # a copy finds the same data
         done = subprocess.run([sys.executable, *words, *where], cwd=code, env=env, stdout=subprocess.DEVNULL)
-        if done.returncode or not file.exists():
+        if done.returncode or not whole(file):
             sys.exit(f"error: python {shlex.join(words)} ended with code {done.returncode}")
     return json.loads(file.read_text())
 
@@ -183,6 +189,7 @@ def plot(rows, path):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of groups need not fit its encoding
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="GROUP", help="; ".join(GROUPS))
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")

@@ -37,9 +37,11 @@ def parse_args(parser, argv):
     args, args.more = parser.parse_known_args(argv)
     if wrong := [word for word in args.more if word.partition("=")[0] in ("--regime", "--eval", "--resume", "--iters")]:
         common.fail(f"{wrong[0]}: {parser.prog} sets it by its own flags and arguments (see --help)")
+    if common.RANKS > 1:
+        common.fail(f"{parser.prog} runs on one rank: start it without torchrun, or unset WORLD_SIZE and RANK")
     plot = os.path.splitext(args.out)[0] + ".png"
-    if args.out == plot:
-        common.fail(f"--out {args.out}: the report is a JSON file, and its plot, if there is one, lies beside it as .png")
+    if args.out == plot or not os.path.basename(args.out):
+        common.fail(f"--out {args.out}: the report is a JSON file, not a folder, and its plot, if there is one, lies beside it as .png")
     for path in filter(os.path.lexists, (args.out, plot)):
         checkpoint = os.path.realpath(getattr(args, "file", ""))
         if not os.path.isfile(path) or os.path.realpath(path) == checkpoint:  # a folder or a device, or what is read

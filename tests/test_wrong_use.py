@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -97,6 +98,7 @@ FLAGS = [  # flags, what the line must name
     ("--regime parametric --decoder linear --mask none --latent-tokens 2", "--latent-tokens"),
     ("--device cuda:99", "cuda:99"),
     ("--launch graph", "--launch eager"),
+    ("--launch graph --device cpu:0", "--launch eager"),
     ("--device gpu", "gpu"),
     ("--device meta", "meta"),
     ("--device cpu:x", "cpu:x"),
@@ -237,10 +239,20 @@ def test_results_that_cannot_be_redrawn(damage, finished_copy, capsys):
     refused(capsys, folder.name, "linreg", "--plot-only", folder, tiny=False)
 
 
-@pytest.mark.parametrize("flag", ("--plot-only", "--resume"))
-def test_a_damaged_log(flag, finished_copy, capsys):
+@pytest.mark.parametrize("change", (lambda r: r["args"].pop("steps"), lambda r: r.pop("data"), lambda r: r["args"].update(steps=9), lambda r: r["metrics"]["id"]["mean"].pop()))
+def test_results_that_were_edited(change, finished_copy, capsys):
     folder = finished_copy("linreg")
-    write(folder / "log.jsonl", b"not json\n")
+    results = json.load(open(folder / "results.json"))
+    change(results)
+    write(folder / "results.json", json.dumps(results).encode())
+    refused(capsys, "results.json", "linreg", "--plot-only", folder, tiny=False)
+
+
+@pytest.mark.parametrize("content", (b"not json\n", b"[1]\n", b'{"iteration": 3}\n'))
+@pytest.mark.parametrize("flag", ("--plot-only", "--resume"))
+def test_a_damaged_log(flag, content, finished_copy, capsys):
+    folder = finished_copy("linreg")
+    write(folder / "log.jsonl", content)
     refused(capsys, "log.jsonl", "linreg", flag, folder, tiny=False)
 
 
@@ -272,7 +284,10 @@ def test_the_default_out_is_guarded_too(capsys):
 def test_an_evaluation_does_not_mix_with_another_run(finished_copy, capsys):
     folder = finished_copy("linreg")
     shutil.copytree(folder, "other")
-    refused(capsys, "another run", "linreg", "--eval other/checkpoint.pt --overwrite --out", folder, tiny=False)
+    for rest in ((), ("checkpoint.pt", "results.json")):  # of a run, its losses are enough to be mixed up
+        for name in rest:
+            os.remove(folder / name)
+        refused(capsys, "another run", "linreg", "--eval other/checkpoint.pt --overwrite --out", folder, tiny=False)
 
 
 @pytest.mark.parametrize("problem", (PermissionError(13, "Permission denied", "x"), MemoryError("memory"), RuntimeError("not enough memory: you tried to allocate 8 bytes"), RuntimeError("Storage size calculation overflowed")), ids=repr)
@@ -292,7 +307,8 @@ def test_a_bug_is_no_wrong_use():
 
 def test_overwrite_loses_nothing_when_the_run_is_refused_later(finished_copy, capsys):
     folder = finished_copy("linreg")
-    shutil.copy(folder / "checkpoint.pt", "bad.pt")
+    shutil.move(folder / "checkpoint.pt", "bad.pt")
+    os.remove(folder / "log.jsonl")  # what is left is as of an evaluation
     checkpoint_with("bad.pt", model={})
     refused(capsys, "checkpoint", "linreg", "--eval bad.pt --overwrite --out", folder, tiny=False)
 
@@ -315,10 +331,22 @@ def test_overwrite_leaves_no_picture_of_the_run_before(finished_copy, monkeypatc
     folder = finished_copy("toposort")
     for name in ("points_id.npz", "excess.png", "grid_id.png", "refinement_id.gif", "mine.png"):
         write(folder / name, b"a run of mixtures")
-    monkeypatch.setattr(common.Journal, "__iter__", lambda journal: sys.exit(0))
+    monkeypatch.setattr("toposort.evaluate", lambda *_: sys.exit(0))
     with pytest.raises(SystemExit):
         call("toposort", "--overwrite --out", folder)
-    assert set(os.listdir(folder)) == {"checkpoint.pt", "mine.png"}
+    assert set(os.listdir(folder)) == {"checkpoint.pt", "log.jsonl", "mine.png"}
+
+
+@pytest.mark.parametrize("culprit,drawn", [("memory", mock.Mock(side_effect=MemoryError())), ("--lr", lambda *how, draw=linreg.sample_tasks: common.Task(*(torch.nan * part for part in draw(*how))))])
+def test_overwrite_keeps_the_run_before_until_the_new_one_has_made_a_step(culprit, drawn, finished_copy, monkeypatch, capsys):
+    folder = finished_copy("linreg")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr("linreg.sample_tasks", drawn)
+    with pytest.raises(SystemExit):
+        common.run(lambda: call("linreg", "--seed 1 --overwrite --out", folder))
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert culprit in message and "last good state" not in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_different_runs_have_different_folders_by_default():
