@@ -4,7 +4,7 @@ A task is a causal model on `--nodes` variables: a random graph and, for each no
 From rows of data alone, standardised, the model says which nodes are leaves (have no child), and refines its K answers
 over K mini-batches of `--context` rows. Removing the likeliest leaf and asking again orders all nodes, last ones first.
 
-    python toposort.py                              # 8 nodes; tested on 8 and on 12; 12 minutes on one core
+    python toposort.py                              # 8 nodes; tested on 8 and on 12; 15 minutes on one core
     python toposort.py --preset paper               # 20 nodes; tested on 20 and on 50; one GPU
 """
 
