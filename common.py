@@ -961,6 +961,9 @@ class Journal:
                 self.iteration, self.seconds = args.checkpoint["iteration"], args.checkpoint["train_seconds"]
                 self.pending = [row.to(args.device) for row in args.checkpoint["pending"]]
             self.rows = [row for row in read_log(args.out) if row["iteration"] <= self.iteration]  # what came after it will be replayed
+        elif not RANK:
+            with or_fail(f"cannot write to --out {args.out}"):
+                os.makedirs(args.out, exist_ok=True)
 
     def __iter__(self):
         self.handlers = {signum: signal.signal(signum, self.interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
