@@ -122,7 +122,8 @@ def quick():
         *((script + regime, "id", 1, images) for script in ("mnist", "imagenet") for regime in ("", "-parametric", "-explicit")),
         *(("toposort", split, 2, ("random order",)) for split in ("rff_in_8", "lin_in_8")),
         *((script, "id", 2, flow) for script in ("mog_flow", "alphabets")),
-        ("paper-mnist-gpu", "id", 1, images),
+        *((f"paper-{data}-gpu", "id", 1, images) for data in ("mnist", "fmnist")),
+        *(("paper-toposort-gpu", split, 2, ("random order",)) for split in ("rff_in_20", "lin_in_20")),
     ]
     rows = []
     for name, split, digits, rivals in jobs:
@@ -147,7 +148,7 @@ def linreg():
 
 def paper():
     """Tasks of the paper's dimensions and mini-batches, models of laptop size; beside them its own errors (tables 2 to 4, rows "data")."""
-    files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-linear")), *(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-long", "-linear", "-wide", "-gpu"))]
+    files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-linear")), *(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-long", "-linear", "-wide", "-gpu")), "paper-fmnist", "paper-fmnist-gpu"]
     rows = []
     for r in map(read, files):
         for (split, m), theirs in zip(r["metrics"].items(), quoted(r)):
@@ -171,8 +172,8 @@ def signals():
         found = [read(file + end)["metrics"].values() if (HERE / f"{file}{end}.json").exists() else None for file in files]
         mine = [[ours(m, 1 + 2 * (i == 0)) for m in metrics] if metrics else [NOT_RUN] * (1 + (i > 0)) for i, metrics in enumerate(found)]
         rows += [[regime, signal, "here", *sum(mine, [])], ["", "", "paper", *theirs]]
-    large = [ours(m, 1) for m in read("paper-mnist-gpu")["metrics"].values()]
-    rows.insert(-1, ["", "", "here, preset paper", NOT_RUN, *large, NOT_RUN, NOT_RUN])
+    large = [ours(m, 1) for file in ("paper-mnist-gpu", "paper-fmnist-gpu") for m in read(file)["metrics"].values()]
+    rows.insert(-1, ["", "", "here, preset paper", NOT_RUN, *large])
     return table(["regime", "signal", "", "linear regression", "MNIST", "→ FashionMNIST", "FashionMNIST", "→ MNIST"], rows)
 
 
@@ -327,24 +328,25 @@ def generation():
     return table(["W₂ / W₁", "points", "after 1", "5", "10", "fresh points", "paper after 1", "5", "10"], rows)
 
 
-def toposort(name="toposort", paper=None):
-    """Stage error of every column of table 5, at 1, K and 2 K mini-batches, with the rivals at K; and the paper's own, {mini-batches: cells}."""
+def toposort(name="toposort", paper=None, rivals=None):
+    """Stage error of every column of table 5, at 1, K and 2 K mini-batches, with (some) rivals at K; and the paper's own, {mini-batches: cells}."""
     r = read(name)
     K, metrics, baselines = r["args"]["steps"], r["metrics"].values(), r["baselines"].values()
     batches = lambda k: f"{k} mini-batch{'es' if k > 1 else ''}"
     rows = [[f"this model, {batches(k)}", *(at(m, k, 3) for m in metrics)] for k in (1, K, 2 * K)]
     rows += [[f"the paper's, {batches(k)}", *cells.split()] for k, cells in (paper or {}).items()]
-    rows += [[f"*{name}*", *(at(beside[name], K, 3) for beside in baselines)] for name in next(iter(baselines))]
+    rows += [[f"*{name}*", *(at(beside[name], K, 3) for beside in baselines)] for name in rivals or next(iter(baselines))]
     for key, label in (("free", "free-running error"), ("violated", "share of edges violated")):
         rows.append([f"this model, {label}", *(at(m, K, 3, key) for m in metrics)])
-    where = f"{command(r)}: {r['seeds']} seed{'s' * (r['seeds'] > 1)}, {minutes(r)} minutes."
+    where = f"{command(r)}: {r['seeds']} seed{'s' * (r['seeds'] > 1)}; minutes: {minutes(r)}."
     return where + "\n\n" + table(["stage error", *(m["data"] for m in metrics)], rows)
 
 
 def graphs():
-    """The same at the paper's sizes, beside its table 5."""
+    """The same at the paper's sizes, beside its table 5; then a smaller model, on other graphs."""
     one, five, ten = ".52 .43 .64 .51 .70 .66 .78 .69", ".52 .35 .68 .33 .66 .56 .74 .67", ".44 .37 .66 .61 .64 .52 .77 .73"
-    return toposort("paper-toposort", {1: one, 5: five, 10: ten})
+    small = toposort("paper-toposort", rivals=("vote, no state", "one step on all rows", "random order"))
+    return toposort("paper-toposort-gpu", {1: one, 5: five, 10: ten}) + "\n\n" + small
 
 
 def bench():
