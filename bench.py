@@ -66,7 +66,7 @@ def get_args(argv=None):
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="default: all")
     parser.add_argument("--regimes", nargs="+", choices=common.REGIMES, default=list(common.REGIMES), help="default: all that a script has")
     parser.add_argument("--repeats", type=common.count, default=5, help="turns")
-    return reports.parse_args(parser, argv)
+    return reports.parse_args(parser, argv, fixed=["--eval-tasks", "--eval-steps"])
 
 
 def get_jobs(args):

@@ -28,7 +28,7 @@ FORMS = {"steps": "K steps", "vote": "vote of K", "one": "one step"}
 def get_args(argv=None):
     parser = reports.make_parser("results/cost.py", __doc__)
     parser.add_argument("file", type=common.path, metavar="FILE", help="the checkpoint")
-    return reports.parse_args(parser, argv)
+    return reports.parse_args(parser, argv, fixed=["--eval-steps"])
 
 
 def split(task, form, k):

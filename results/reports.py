@@ -32,10 +32,10 @@ def make_parser(program, doc):
     return parser
 
 
-def parse_args(parser, argv):
-    """Checks where the report and its plot would go; args.more are the flags that are left for the scripts."""
+def parse_args(parser, argv, fixed=()):
+    """Checks where the report and its plot would go; args.more are the flags that are left for the scripts, `fixed` those that say nothing here."""
     args, args.more = parser.parse_known_args(argv)
-    if wrong := [word for word in args.more if word.partition("=")[0] in ("--regime", "--eval", "--resume", "--iters")]:
+    if wrong := [word for word in args.more if word.partition("=")[0] in ("--regime", "--eval", "--resume", "--iters", *fixed)]:
         common.fail(f"{wrong[0]}: {parser.prog} sets it by its own flags and arguments (see --help)")
     if common.RANKS > 1:
         common.fail(f"{parser.prog} runs on one rank: start it without torchrun, or unset WORLD_SIZE and RANK")

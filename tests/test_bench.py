@@ -165,6 +165,7 @@ WRONG = [  # flags, what the line must name
     ("--scripts mnist --regime explicit", "--regime"),
     ("--wide 9", "--wide"),
     ("--resume folder", "--resume"),
+    ("--eval-tasks 8", "--eval-tasks"),
     ("--out here", "here exists"),
     ("--out other.json", "other.png exists"),
     ("--out /dev/null --overwrite", "/dev/null"),

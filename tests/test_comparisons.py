@@ -201,6 +201,7 @@ WRONG = [  # program, flags, what the line must name
     ("cost", "TOPOSORT", "toposort"),
     ("cost", "LINREG --wide 3", "--wide"),
     ("cost", "LINREG --eval-tasks 40", "--eval-tasks"),
+    ("cost", "LINREG --eval-steps 8", "--eval-steps"),
     ("cost", "LINREG --eval other.pt", "--eval"),
     ("cost", "LINREG --out LINREG --overwrite", "not to be replaced"),
     ("cost", "LINREG --out here/there.json", "here"),
