@@ -1,6 +1,5 @@
 """What only a GPU can show: it computes what a CPU does, runs end there as well, and a compiled model is the same. Skipped without one."""
 
-import importlib
 import json
 import math
 import signal
@@ -13,10 +12,10 @@ import bench
 import common
 import linreg
 import mog_flow
-from conftest import SCRIPTS, TINY, accepts, call
+from conftest import SCRIPTS, accepts, call
 from test_common import K, SIGNALS, close, make, task  # noqa: F401 (task is a fixture)
 from test_flow import TINY as TINY_FLOW
-from test_smoke import check_run
+from test_smoke import CAPTURED, check_run, run_tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -74,15 +73,14 @@ def test_a_run_on_a_gpu_is_resumed_there(monkeypatch):
     assert [json.loads(row)["iteration"] for row in open("run/log.jsonl")] == [20]
 
 
-@pytest.mark.parametrize("script,variant", [("linreg", "--regime parametric --mask causal"), ("linreg", "--regime explicit"), ("mnist", ""), ("mnist", "--regime implicit --mask causal"), ("imagenet", ""), ("imagenet", "--regime parametric"), ("toposort", ""), ("mog_flow", ""), ("alphabets", "")])
+@pytest.mark.parametrize("script,variant", CAPTURED)
 def test_a_replayed_run_is_the_eager_one(script, variant, monkeypatch):
     """With the same sizes: losses, and the checkpoint's weights."""
     runs = []
     for launch in ("graph", "eager"):
         if launch == "eager":
             monkeypatch.setattr(common, "replayed", lambda step, model, args: lambda: (setattr(model, "size", args.context if model.causal else common.rounded_size(args.context)), step())[1])
-        flags = f"{variant} --iters 12 --context 20 --dtype float32 --device cuda --launch {launch} --out {launch}"
-        importlib.import_module(script).main([*(TINY[script].split() if script in TINY else TINY_FLOW), *flags.split()])
+        run_tiny(script, f"{variant} --iters 12 --context 20 --dtype float32 --device cuda --launch {launch} --out {launch}")
         weights = torch.load(f"{launch}/checkpoint.pt", weights_only=True)["model"]
         runs.append([torch.tensor(json.loads(row)["loss"]) for row in open(f"{launch}/log.jsonl")] + list(weights.values()))
     close(runs[0], runs[1], 1e-3)
