@@ -1,6 +1,6 @@
 """One change at a time, three seeds each, in short runs: python results/ablations.py [GROUP ...]
 
-Runs whatever out/ablations does not hold yet (more than two hours on one core; it may be stopped and started again), then
+Runs whatever out/ablations does not hold yet (more than three hours on one core; it may be stopped and started again), then
 writes ablations.json and ablations.png beside this script. Groups that are named are run alone, and take the place of those
 in ablations.json.
 
