@@ -262,7 +262,7 @@ class Parametric(nn.Module):
             self.decoder = nn.Linear(D, P // self.slots)
         self.clock = nn.Parameter(0.02 * torch.randn(D)) if args.clock == "steps" else None
         self.transformer = Transformer(D, args.depth, args.heads, args.attention)
-        nn.init.zeros_(self.decoder.weight)  # the untrained update is "stay": no step starts by throwing the state away
+        nn.init.zeros_(self.decoder.weight)  # the untrained change is none: no step starts by throwing the state away (--update direct does)
         nn.init.zeros_(self.decoder.bias)
 
     def initial_state(self, query_x):
@@ -301,7 +301,8 @@ class Parametric(nn.Module):
 
     def update(self, past, x, y, query_x, step=0):
         """h_phi of eq. 7: the last H states (B, P) and a mini-batch, after `step` others -> states after each prefix (T, B, P)."""
-        phi = self.basis(x).detach()  # a trained basis learns from what is predicted, not from how it is updated
+        with torch.no_grad():  # a trained basis learns from what is predicted, not from how it is updated
+            phi = self.basis(x)
         wrong, tokens = [residuals(self.loss, self.apply_to(phi, state[None])[0], y) for state in past], 0
         if self.observation is not None:
             tokens = tokens + self.observation(torch.cat([x, y], -1))  # (B, N, D)
@@ -415,7 +416,7 @@ class Implicit(nn.Module):
     ridge regression carries the residuals over to the queries, and what these read corrects the result.
     """
 
-    size = None  # as above
+    size = None  # of the mini-batches to come in training, where it is not drawn (`replayed`)
 
     def __init__(self, args, x_dim, y_dim, loss=None, basis=None):
         super().__init__()
@@ -664,7 +665,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--width", type=count, default=64, help="D, numbers in a token")
     add("--depth", type=count, default=3, help="layers")
     add("--heads", type=count, default=2, help="attention heads; they divide the width")
-    add("--attention", choices=("softmax", "linear"), default="softmax", help="linear: without the softmax, for least-squares problems")
+    add("--attention", choices=("softmax", "linear"), default="softmax", help="linear: without the softmax, for least-squares problems; with it implicit models solve with the linear kernel, else with a Gaussian one")
     add = parser.add_argument_group("training and evaluation").add_argument
     add("--context", type=count, help="N, observations in a mini-batch")
     add("--queries", type=count, help="Q, held-out observations that a task is scored on")
@@ -758,6 +759,7 @@ def check(args, given):
     slots = args.regime == "explicit" and linear and args.mask == "none"
     refusals = (
         (args.width % args.heads, f"--width {args.width} is not divisible by --heads {args.heads}"),
+        (args.launch == "graph" and RANKS > 1, "--launch graph is for one process: start it without torchrun, or with --launch eager"),
         (args.tasks % RANKS, f"--tasks {args.tasks} is not divisible by the {RANKS} ranks that share them"),
         (args.hidden % args.latent_tokens, f"--hidden {args.hidden} is not divisible by --latent-tokens {args.latent_tokens}"),
         (args.latent_tokens > 1 and not slots, "--latent-tokens above 1 needs --regime explicit --decoder linear --mask none"),
@@ -980,20 +982,24 @@ class Journal:
             self.bar.update()
             if self.iteration == 1:  # not before: what cannot run at all leaves the run alone that --overwrite replaces
                 self.save()
-                for name in (name for pattern in RUN_FILES[1:] * (not RANK) for name in glob.glob(pattern, root_dir=self.args.out)):
-                    os.unlink(os.path.join(self.args.out, name))
+                for pattern in () if RANK else RUN_FILES[1:]:
+                    for name in glob.glob(pattern, root_dir=self.args.out):
+                        os.unlink(os.path.join(self.args.out, name))
             if self.iteration % self.every == 0 or self.iteration == self.args.iters:
                 self.flush()
             if time.time() - saved > self.save_seconds:
                 self.save()
                 saved = time.time()
-        self.save()
+        if self.iteration:
+            self.save()
         self.bar.close()
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         if RANKS > 1:
             dist.destroy_process_group()  # with `stop` alive: torch 2.6 hangs now and then if the last message is for gloo to free
         stop = max(int(stop), self.stop)  # one may have come during the last save; SIGTERM is the larger
+        if not self.iteration:
+            fail("stopped before the first iteration: nothing was written", 128 + stop)
         how = f"stopped after {self.iteration} of {self.args.iters} iterations; go on with" if stop else "trained; evaluated now, or later by"
         print(f"{how} --resume {self.args.out}")
         if stop == signal.SIGTERM:
@@ -1053,7 +1059,7 @@ def cpu_seconds(args):
 
 
 def evaluation_tasks(sample, total, stream=0, chunk=32):
-    """Yields `total` tasks in chunks drawn by sample(B); they depend on `stream` alone, not on --seed or --tasks."""
+    """Yields `total` tasks in chunks drawn by sample(B); on one kind of device they depend on `stream` alone, not on --seed or --tasks."""
     for index, first in enumerate(range(0, total, chunk)):
         seed_all(EVALUATION, stream, index)
         task = sample(chunk)

@@ -255,7 +255,7 @@ def kernel_ridge(x, y, query_x, ridge=0.1):
     x (B, n, dim), y (B, n, C), query_x (B, Q, dim) -> how far its answers are from the prior mean 1 / C (B, Q, C), and
     their variance without noise (B, Q, 1).
     """
-    kernel = lambda a, b: (-torch.cdist(a, b).square() / a.shape[-1]).exp()
+    kernel = common.gaussian_kernel
     to_query = kernel(x, query_x)  # (B, n, Q)
     solved = torch.linalg.solve(kernel(x, x) + ridge * torch.eye(x.shape[1], device=x.device), torch.cat([y - 1 / y.shape[-1], to_query], -1))
     return to_query.mT @ solved[..., : y.shape[-1]], 1 - (to_query * solved[..., y.shape[-1] :]).sum(1)[..., None]

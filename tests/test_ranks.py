@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import common
+import linreg
 from conftest import ROOT, TINY, call
 
 FLOW = "--eval-tasks 2 --points 8 --ode-steps 2 --steps 1 --context 6 --queries 5 --tasks 4 --width 8 --depth 1 --device cpu"
@@ -131,6 +132,14 @@ def test_ranks_that_nobody_started_together_cannot_meet(monkeypatch, capsys):
 def test_a_rank_that_there_cannot_be(rank):
     done = subprocess.run([sys.executable, os.path.join(ROOT, "linreg.py")], env=os.environ | {"RANK": rank}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: RANK") and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_a_graph_is_for_one_process(monkeypatch, capsys):
+    """Gradients that are averaged over ranks do not lie where a graph would write the next ones."""
+    monkeypatch.setattr(common, "RANKS", 2)
+    with pytest.raises(SystemExit):
+        linreg.get_args(["--launch", "graph", "--device", "cpu"])
+    assert "torchrun" in capsys.readouterr().err
 
 
 def test_each_rank_takes_a_gpu_of_its_own(monkeypatch, capsys):

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from unittest import mock
@@ -346,6 +347,17 @@ def test_overwrite_keeps_the_run_before_until_the_new_one_has_made_a_step(culpri
         common.run(lambda: call("linreg", "--seed 1 --overwrite --out", folder))
     message = capsys.readouterr().err.splitlines()[-1]
     assert culprit in message and "last good state" not in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("signum", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_before_the_first_step_leaves_the_run_before(signum, finished_copy, monkeypatch, capsys):
+    folder = finished_copy("linreg")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(common, "all_reduce", lambda x, kind="", left=[signum]: (left and signal.raise_signal(left.pop()), x)[1])  # as the ranks meet
+    with pytest.raises(SystemExit) as stop:
+        call("linreg", "--seed 1 --overwrite --out", folder)
+    assert stop.value.code == 128 + signum and "before the first iteration" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
