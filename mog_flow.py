@@ -236,26 +236,25 @@ def compare(model, args, split, data, sample, unit, stream):
     every = sorted({*range(1, K + 1), 3 * K // 2, 2 * K})
     bandwidth = [best_bandwidth(sample, k * args.context, args) for k in every]
     for index, first in enumerate(range(0, args.eval_tasks, 32)):
-        common.seed_all(common.EVALUATION, stream, index)  # always 32 tasks, then cut: they do not depend on --eval-tasks
+        common.seed_all(common.EVALUATION, stream, index)  # always 32 tasks, cut at the end: no draw depends on --eval-tasks
         density, cut = sample(32, args), args.eval_tasks - first
-        batches = torch.stack([draw(density, args.context)[:cut] for _ in range(2 * K)])  # (2K, B, N, d)
-        truth, *fresh = (draw(density, n)[:cut] for _ in range(5))
+        batches = torch.stack([draw(density, args.context) for _ in range(2 * K)])  # (2K, 32, N, d)
+        truth, *fresh = (draw(density, n) for _ in range(5))
         noise = torch.randn_like(truth)
-        seen = [batches[:k].transpose(0, 1).flatten(1, 2) for k in every]  # (B, k N, d)
-        exact = partial(exact_field, Density(density.centres[:cut], density.count[:cut], density.std))
+        seen = [batches[:k].transpose(0, 1).flatten(1, 2) for k in every]  # (32, k N, d)
         answers = {
-            OURS: [generate(model, batches[:k], noise, args) for k in [0, *every]],
+            OURS: [generate(model, batches[:k, :cut], noise[:cut], args) for k in [0, *every]],
             FLOOR: fresh,
-            EXACT: [integrate(exact, noise, args)],
+            EXACT: [integrate(partial(exact_field, density), noise, args)],
             "kernel density": [resample(points, n, std) for points, std in zip(seen, bandwidth)],
             "context resampled": [resample(points, n) for points in seen],
             "one Gaussian": [one_gaussian(points, n) for points in seen],
         }
         for name, points in answers.items():
-            rows[name].append(unit * torch.stack([torch.stack([wasserstein(x, truth, p) for x in points], -1) for p in (2, 1)]))  # (2, B, steps)
+            rows[name].append(unit * torch.stack([torch.stack([wasserstein(x[:cut], truth[:cut], p) for x in points], -1) for p in (2, 1)]))  # (2, B, steps)
         if first == 0:
             pictures = dict(batches=batches, generated=torch.stack(answers[OURS]), truth=truth)
-            pictures = {name: unit * points[..., :8, :, :].cpu().numpy() for name, points in pictures.items()}
+            pictures = {name: unit * points[..., : min(8, cut), :, :].cpu().numpy() for name, points in pictures.items()}
             common.replace_file(f"{args.out}/points_{split}.npz", lambda f: np.savez_compressed(f, **pictures))
     floor = torch.cat(rows[FLOOR], 1).mean(-1, keepdim=True)  # (2, tasks, 1)
     for name, chunks in rows.items():

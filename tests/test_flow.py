@@ -280,6 +280,18 @@ def test_points_and_solver_can_be_changed_without_training_anew(tmp_path):
     assert results["metrics"]["id"]["name"] == "W2, 5 points" and results["iterations"] == 2
 
 
+def test_no_draw_of_an_evaluation_depends_on_how_many_tasks_it_has(tmp_path, monkeypatch):
+    """Neither the model's nor a rival's: what is drawn for task 32, the first of the second chunk."""
+    distance, drawn = mog_flow.wasserstein, {}
+    for tasks in (33, 35):
+        drawn[tasks] = []
+        monkeypatch.setattr(mog_flow, "wasserstein", lambda a, b, p: (drawn[tasks].append((len(a), a[0], b[0])), distance(a, b, p))[1])
+        mog_flow.main([*TINY, "--eval-tasks", str(tasks), "--out", str(tmp_path / str(tasks))])
+    assert {size for size, *_ in drawn[33]} == {32, 1} and {size for size, *_ in drawn[35]} == {32, 3}
+    for (_, *one), (_, *other) in zip(drawn[33], drawn[35], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def refused(capsys, script, flags, reason):
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
