@@ -339,6 +339,7 @@ def test_kernel_residual_equals_leaving_rows_out_one_by_one():
 
 
 def test_relations_equal_correlations_of_what_regressions_leave():
+    """A ridge is as good as more rows, one a node, that are 0 elsewhere."""
     x, _ = dataset(K=1, N=60, d=5)
     alive = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 1], [1, 1, 0, 1, 0]]).bool()
     found = toposort.relations(x[0], alive)
@@ -346,11 +347,12 @@ def test_relations_equal_correlations_of_what_regressions_leave():
     for b in range(3):
         left = alive[b].nonzero().flatten().tolist()
         z = x[0, b].double().numpy()
+        rows = np.concatenate([(z - z.mean(0)) / z.std(0), (60 * 1e-4) ** 0.5 * np.eye(5)])
         for i, j in itertools.permutations(left, 2):
             assert found[b, i, j, 0] == pytest.approx(np.corrcoef(z[:, i], z[:, j])[0, 1], abs=1e-3)
-            rest = np.stack([np.ones(60), *(z[:, k] for k in left if k not in (i, j))], 1)
-            r = [z[:, k] - rest @ np.linalg.lstsq(rest, z[:, k], rcond=None)[0] for k in (i, j)]
-            assert found[b, i, j, 1] == pytest.approx(np.corrcoef(*r)[0, 1], abs=2e-2), "up to the ridge"
+            rest = rows[:, [k for k in left if k not in (i, j)]]
+            r, s = (rows[:, k] - rest @ np.linalg.lstsq(rest, rows[:, k], rcond=None)[0] for k in (i, j))
+            assert found[b, i, j, 1] == pytest.approx(r @ s / np.sqrt((r @ r) * (s @ s)), abs=1e-3)
 
 
 def test_loss_is_minus_the_log_of_the_chance_to_remove_a_leaf():
