@@ -816,7 +816,7 @@ def check_out(args):
 # ---------------------------------------------------------------- files, seeds, the training journal
 
 
-WEIGHTS, TRAINING, EVALUATION = 1, 2, 3  # streams of random numbers that never meet
+WEIGHTS, TRAINING, EVALUATION = 1, 2, 3  # streams of random numbers, kept apart
 
 
 def seed_all(stream, seed, index=0):
@@ -982,9 +982,9 @@ class Journal:
             self.bar.update()
             if self.iteration == 1:  # not before: what cannot run at all leaves the run alone that --overwrite replaces
                 self.save()
-                for pattern in () if RANK else RUN_FILES[1:]:
-                    for name in glob.glob(pattern, root_dir=self.args.out):
-                        os.unlink(os.path.join(self.args.out, name))
+                for folder in () if RANK else (self.args.out, os.path.join(self.args.out, "eval")):
+                    for name in (name for pattern in RUN_FILES[1:] for name in glob.glob(pattern, root_dir=folder)):
+                        os.unlink(os.path.join(folder, name))
             if self.iteration % self.every == 0 or self.iteration == self.args.iters:
                 self.flush()
             if time.time() - saved > self.save_seconds:

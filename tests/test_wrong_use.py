@@ -328,14 +328,15 @@ def test_overwrite_leaves_no_trace_of_the_run_before(finished_copy):
 
 
 def test_overwrite_leaves_no_picture_of_the_run_before(finished_copy, monkeypatch):
-    """Where the new run is stopped before it draws any; files of others stay."""
+    """Nor an evaluation, where the new run is stopped before it draws any; files of others stay."""
     folder = finished_copy("toposort")
-    for name in ("points_id.npz", "excess.png", "grid_id.png", "refinement_id.gif", "mine.png"):
+    os.makedirs(folder / "eval")
+    for name in ("points_id.npz", "excess.png", "grid_id.png", "refinement_id.gif", "mine.png", "eval/results.json", "eval/mine.png"):
         write(folder / name, b"a run of mixtures")
     monkeypatch.setattr("toposort.evaluate", lambda *_: sys.exit(0))
     with pytest.raises(SystemExit):
         call("toposort", "--overwrite --out", folder)
-    assert set(os.listdir(folder)) == {"checkpoint.pt", "log.jsonl", "mine.png"}
+    assert set(os.listdir(folder)) == {"checkpoint.pt", "log.jsonl", "mine.png", "eval"} and os.listdir(folder / "eval") == ["mine.png"]
 
 
 @pytest.mark.parametrize("culprit,drawn", [("memory", mock.Mock(side_effect=MemoryError())), ("--lr", lambda *how, draw=linreg.sample_tasks: common.Task(*(torch.nan * part for part in draw(*how))))])
