@@ -27,8 +27,8 @@ work grows with the mini-batches to come. The columns:
     K^          slope of log ms against log K for K = 1 ... 10: 1 is linear
     MB 10/1     MB with K = 10 over MB with K = 1
 
-With --launch graph this code's steps are replayed, but not those of PyTorch's encoder, nor the parts: `x limit` and `x sum` then
-compare unlike things.
+With --launch graph this code's steps are replayed (with --compile, its blocks compiled), but not those of PyTorch's encoder, nor
+the parts: `x limit` and `x sum` then compare unlike things, and `x stock` tells what both give together.
 """
 
 import contextlib

@@ -116,7 +116,7 @@ def draw_size(N, shape, device="cpu"):
 
 
 def softmax_attention(q, k, v, visible=None, causal=False):
-    """softmax(q . k) v over the visible tokens; q (B, heads, S, C), k and v (B, heads, N, C), visible a boolean mask or None."""
+    """softmax(q . k / sqrt(C)) v over the visible tokens; q (B, heads, S, C), k and v (B, heads, N, C), visible a boolean mask or None."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # the kernel's backward pass is many times slower than in float32
         if k.shape[-2] <= 256:  # two plain products beat both kernels while attention maps fit the cache
             scores = ((q * q.shape[-1] ** -0.5) @ k.mT).float()
@@ -134,7 +134,7 @@ def prefixes(scores):
 
 
 def linear_attention(q, k, v, visible=None, causal=False):
-    """Attention without the softmax: the mean over the visible tokens of (q . k) v.
+    """Attention without the softmax: the mean over the visible tokens of (q . k) v, divided by sqrt(C).
 
     Weights may be negative and grow with x, so that one layer can take a step of gradient descent on a least-squares
     problem (von Oswald et al., 2023a). Softmax attention averages: right for classes, slow to learn for regression.
@@ -150,7 +150,7 @@ def linear_attention(q, k, v, visible=None, causal=False):
 class Block(nn.Module):
     """Pre-norm transformer block, in the open.
 
-    `nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0, activation="gelu", norm_first=True)` does the same.
+    `nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0, activation="gelu", batch_first=True, norm_first=True)` does the same.
     """
 
     def __init__(self, width, heads, attention="softmax"):
@@ -692,7 +692,7 @@ def make_parser(script, doc, eval_steps=False):
 
 # Where a run takes place is no part of what it is. It may be resumed and evaluated with other flags of these ...
 MACHINE = {"device", "compile", "out", "overwrite", "resume", "eval", "plot_only", "data_dir"}
-# ... and of these, of its evaluation, which are kept if they are not given again.
+# ... and of these, of its arithmetic and its evaluation, which are kept if they are not given again.
 FREE = MACHINE | {"dtype", "eval_tasks", "eval_steps", "eval_nodes", "points", "solver", "ode_steps"}
 
 
@@ -708,7 +708,7 @@ def parse_args(parser, presets, argv=None):
     """
     argv, script = sys.argv[1:] if argv is None else argv, parser.prog.removesuffix(".py")
     if RANK:
-        if {word.partition("=")[0] for word in argv} & {"--eval", "--plot-only"}:
+        if {word.partition("=")[0] for word in argv} & {"--eval", "--plot-only", "-h", "--help"}:
             sys.exit()  # nothing to train
         join()
     unset = argparse.Namespace(**{action.dest: None for action in parser._actions})
@@ -760,7 +760,7 @@ def check(args, given):
     refusals = (
         (args.width % args.heads, f"--width {args.width} is not divisible by --heads {args.heads}"),
         (args.launch == "graph" and RANKS > 1, "--launch graph is for one process: start it without torchrun, or with --launch eager"),
-        (args.tasks % RANKS, f"--tasks {args.tasks} is not divisible by the {RANKS} ranks that share them"),
+        (args.tasks % RANKS and not args.eval, f"--tasks {args.tasks} is not divisible by the {RANKS} ranks that share them"),
         (args.hidden % args.latent_tokens, f"--hidden {args.hidden} is not divisible by --latent-tokens {args.latent_tokens}"),
         (args.latent_tokens > 1 and not slots, "--latent-tokens above 1 needs --regime explicit --decoder linear --mask none"),
         (implicit and args.signal != "data", f"--signal {args.signal}: --regime implicit has no parameters to take gradients of (use --signal data)"),
@@ -806,7 +806,8 @@ def check_out(args):
     if args.eval and {"checkpoint.pt", "log.jsonl"} & {*held}:
         fail(f"--out {args.out} holds this or another run, whose files an evaluation would replace: give another folder")
     if held and not (args.resume or args.overwrite or RANK):
-        fail(f"{args.out} already holds a run: --overwrite replaces it, --resume goes on with it, another --out leaves it alone")
+        resume = "" if args.eval else " --resume goes on with it,"
+        fail(f"{args.out} already holds a run: --overwrite replaces it,{resume} another --out leaves it alone")
     out = Path(args.out).absolute()
     existing = next((folder for folder in (out, *out.parents) if os.path.lexists(folder)), out)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -1139,7 +1140,10 @@ def save_figure(fig, path, dpi=160):
     replace_file(path, lambda f: fig.savefig(f, dpi=dpi, format="png"))
 
 
-@or_fail("nothing is drawn: results.json or log.jsonl is damaged, or they are of different runs")
+drawing = or_fail("nothing is drawn: results.json or log.jsonl is damaged, or they are of different runs")
+
+
+@drawing
 def plot_steps(out, results, log_scale=False):
     """error.png: the metric against the step, with baselines, one panel a split; and the training loss of each step.
 

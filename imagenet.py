@@ -497,6 +497,8 @@ def extract(argv):
     """Extracts features of a dataset by a frozen backbone. The same command again goes on where it was stopped."""
     signal.signal(signal.SIGINT, lambda *_: common.fail("interrupted; finished shards are kept, and the same command goes on", 130))
     socket.setdefaulttimeout(20)
+    if common.RANKS > 1:
+        common.fail("--extract is for one process: start it without torchrun")
     args = get_extraction_args(argv)
     model, preprocess, size = load_backbone(args)
     source = open_source(args, preprocess)

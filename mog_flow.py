@@ -328,6 +328,7 @@ def plot_gif(path, batches, generated, truth, K, title):
     common.replace_file(path, lambda f: images[0].save(f, "GIF", **options))
 
 
+@common.drawing
 def plot_excess(path, results):
     """W2 and W1 beyond the floor against the step: how far each row is from being as good as fresh points."""
     panels = list(itertools.product(results["metrics"], (("excess", "W2"), ("w1_excess", "W1"))))

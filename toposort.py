@@ -495,6 +495,7 @@ def draw_order(ax, m, order, title):
     ax.axis("off")
 
 
+@common.drawing
 def plot_orders(path, results):
     """The first graph of each evaluation at the size trained on: a true order, and those inferred from 1 and from K mini-batches."""
     K, size = results["args"]["steps"], results["args"]["nodes"]

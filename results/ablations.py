@@ -134,7 +134,7 @@ def run(base, change, seed):
     file = folder / "results.json"
     if not whole(file):
         where = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else ["--out", str(folder)]
-        env = os.environ | {"IAI_DATA": os.path.abspath(os.environ.get("IAI_DATA", ROOT / "data"))}  # a copy finds the same data
+        env = os.environ | {"IAI_DATA": os.path.abspath(os.environ.get("IAI_DATA") or ROOT / "data")}  # a copy finds the same data
         done = subprocess.run([sys.executable, *words, *where], cwd=code, env=env, stdout=subprocess.DEVNULL)
         if done.returncode or not whole(file):
             sys.exit(f"error: python {shlex.join(words)} ended with code {done.returncode}")

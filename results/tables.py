@@ -162,8 +162,7 @@ def signals():
     """The paper's tables 2 to 4 row by row, each beside ours at its task sizes."""
 
     def ours(row, digits):
-        one, five, ten = (f"{value(row, k):.{digits}f}" for k in (1, 5, 10))
-        return f"{one} / {at(row, 5, digits)} / {ten}"
+        return f"{value(row, 1):.{digits}f} / {at(row, 5, digits)} / {value(row, 10):.{digits}f}"
 
     rows = []
     for (regime, signal), theirs in QUOTED.items():
@@ -180,8 +179,9 @@ def signals():
 def method():
     """The paper's choices, all at once, beside this code's."""
     rows = []
-    for name in ("linreg-parametric", "linreg-explicit", "linreg-implicit", "mnist-parametric", "mnist-explicit", "mnist-implicit"):
-        theirs, ours = read(f"method-{name}"), read(name.removesuffix("-parametric" if "linreg" in name else "-implicit"))
+    pairs = {"linreg-parametric": "linreg", "mnist-parametric-slow": "mnist-parametric", "mnist-implicit": "mnist"}
+    for name in ("linreg-parametric", "linreg-explicit", "linreg-implicit", "mnist-parametric", "mnist-parametric-slow", "mnist-explicit", "mnist-implicit"):
+        theirs, ours = read(f"method-{name}"), read(pairs.get(name, name))
         m, digits = theirs["metrics"]["id"], 3 if theirs["script"] == "linreg" else 1
         beside = " / ".join(f"{value(ours['metrics']['id'], k):.{digits}f}" for k in (1, 5, 10))
         rows.append([command(theirs), theirs["seeds"], minutes(theirs), m["name"], *cells(m, (1, 5, 10), digits), beside])
@@ -304,9 +304,8 @@ def flow():
     for r in map(read, ("mog_flow", "paper-mog_flow", "paper-mog_flow-5d", "alphabets")):
         for split, m in r["metrics"].items():
             beside = r["baselines"][split]
-            floor = next(row for name, row in beside.items() if "floor" in name)
             rows.append([
-                command(r) + (", held-out letters" if split == "ood" else ""), r["seeds"], *(both(m, k) for k in (1, 5, 10)), f"{floor['mean'][0]:.2f}",
+                command(r) + (", held-out letters" if split == "ood" else ""), r["seeds"], *(both(m, k) for k in (1, 5, 10)), f"{beside['fresh samples (floor)']['mean'][0]:.2f}",
                 *(both(beside["kernel density"], k) for k in (1, 5, 10)), at(beside["exact field, same solver"], 5, 2, "excess"),
                 at(beside["one Gaussian"], 5, 2, "excess"), minutes(r) if split == "id" else "",
             ])  # fmt: skip
@@ -323,7 +322,7 @@ def generation():
     rows = []
     for (name, split), paper in theirs.items():
         r = read(name)
-        m, floor = r["metrics"][split], next(row for rival, row in r["baselines"][split].items() if "floor" in rival)
+        m, floor = r["metrics"][split], r["baselines"][split]["fresh samples (floor)"]
         rows.append([m["data"], r["args"]["points"], *(both(m, k) for k in (1, 5, 10)), both(floor, 1), *paper])
     return table(["W₂ / W₁", "points", "after 1", "5", "10", "fresh points", "paper after 1", "5", "10"], rows)
 

@@ -220,8 +220,3 @@ def test_wrong_use(program, flags, culprit, finished, capsys):
     refused(capsys, culprit, program, flags, tiny=False)
 
 
-def test_maml_needs_to_know_how_long(finished, tmp_path, capsys):
-    """It trains as long as the model did, which of a run that was killed at once is not at all."""
-    checkpoint = torch.load(finished("linreg") / "checkpoint.pt", weights_only=True)
-    torch.save(checkpoint | {"train_seconds": 0.0}, "early.pt")
-    refused(capsys, "--baseline-seconds", "race", "early.pt", tiny=False)

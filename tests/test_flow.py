@@ -269,6 +269,10 @@ def test_plots_are_redrawn_from_the_files_alone(tmp_path, capsys):
     for damaged in (b"PK not a zip", points[:middle], points[:middle] + b"0123456789" + points[middle + 10 :]):
         (out / "points_id.npz").write_bytes(damaged)
         refused(capsys, mog_flow, ["--plot-only", str(out)], "points_id.npz is missing or damaged")
+    results = json.loads((out / "results.json").read_text())
+    del results["metrics"]["id"]["excess"]
+    (out / "results.json").write_text(json.dumps(results))
+    refused(capsys, mog_flow, ["--plot-only", str(out)], "nothing is drawn")
 
 
 def test_points_and_solver_can_be_changed_without_training_anew(tmp_path):

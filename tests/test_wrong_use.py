@@ -381,3 +381,12 @@ def test_a_real_process_gives_one_line_and_exit_code_2(script, finished_copy):
         before = files()
         done = subprocess.run([sys.executable, os.path.join(ROOT, f"{script}.py"), *flags.split()], capture_output=True, text=True)
         assert_refused(done.returncode, done.stderr, culprit, before)
+
+
+def test_orders_of_results_that_were_edited_are_not_drawn(finished_copy, capsys):
+    folder = finished_copy("toposort")
+    results = json.load(open(folder / "results.json"))
+    for metric in results["metrics"].values():
+        del metric["orders"]
+    write(folder / "results.json", json.dumps(results).encode())
+    refused(capsys, "nothing is drawn", "toposort", "--plot-only", folder, tiny=False)
