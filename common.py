@@ -975,27 +975,29 @@ class Journal:
         all_reduce(torch.zeros(1))  # the others have loaded their data, too, before the clock starts
         start, saved = time.time() - self.seconds, time.time()
         self.bar = tqdm(total=self.args.iters, initial=self.iteration, unit="it", dynamic_ncols=True, disable=RANK > 0)
-        # A signal to one rank stops all of them after the same iteration.
-        while not (stop := all_reduce(torch.tensor(self.stop), "MAX")) and self.iteration < self.args.iters:
-            yield self.iteration
-            self.iteration += 1
-            self.seconds = time.time() - start
-            self.bar.update()
-            if self.iteration == 1:  # not before: what cannot run at all leaves the run alone that --overwrite replaces
+        try:
+            # A signal to one rank stops all of them after the same iteration.
+            while not (stop := all_reduce(torch.tensor(self.stop), "MAX")) and self.iteration < self.args.iters:
+                yield self.iteration
+                self.iteration += 1
+                self.seconds = time.time() - start
+                self.bar.update()
+                if self.iteration == 1:  # not before: what cannot run at all leaves the run alone that --overwrite replaces
+                    self.save()
+                    for folder in () if RANK else (self.args.out, os.path.join(self.args.out, "eval")):
+                        for name in (name for pattern in RUN_FILES[1:] for name in glob.glob(pattern, root_dir=folder)):
+                            os.unlink(os.path.join(folder, name))
+                if self.iteration % self.every == 0 or self.iteration == self.args.iters:
+                    self.flush()
+                if time.time() - saved > self.save_seconds:
+                    self.save()
+                    saved = time.time()
+            if self.iteration:
                 self.save()
-                for folder in () if RANK else (self.args.out, os.path.join(self.args.out, "eval")):
-                    for name in (name for pattern in RUN_FILES[1:] for name in glob.glob(pattern, root_dir=folder)):
-                        os.unlink(os.path.join(folder, name))
-            if self.iteration % self.every == 0 or self.iteration == self.args.iters:
-                self.flush()
-            if time.time() - saved > self.save_seconds:
-                self.save()
-                saved = time.time()
-        if self.iteration:
-            self.save()
-        self.bar.close()
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
+        finally:  # whatever goes wrong in the body of the loop
+            self.bar.close()
+            for signum, handler in self.handlers.items():
+                signal.signal(signum, handler)
         if RANKS > 1:
             dist.destroy_process_group()  # with `stop` alive: torch 2.6 hangs now and then if the last message is for gloo to free
         stop = max(int(stop), self.stop)  # one may have come during the last save; SIGTERM is the larger

@@ -1,5 +1,6 @@
 """What a run promises: it can be stopped, resumed, evaluated and redrawn without a bit of difference, and never keeps a NaN."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -311,8 +312,12 @@ def test_a_learning_rate_beyond_reason_stops_the_run(capsys):
     assert finite(kept)
 
 
-def test_a_notebook_keeps_its_own_ctrl_c(monkeypatch):
+@pytest.mark.parametrize("fails", (False, True))
+def test_a_notebook_keeps_its_own_ctrl_c(fails, monkeypatch):
     """main() is called there without `run`."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    linreg.main([*TINY["linreg"].split(), "--out", "run"])
+    if fails:
+        monkeypatch.setattr(linreg, "sample_tasks", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        linreg.main([*TINY["linreg"].split(), "--out", "run"])
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
