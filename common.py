@@ -5,8 +5,9 @@ the three regimes; `Transformer`.
 The second half (flags, files, evaluation, plots) is plumbing and knows nothing of the method.
 
 Shapes: B tasks, K steps (one mini-batch each), N observations in a mini-batch (the context), Q queries, D width,
-T prefixes of a mini-batch, H past states, P numbers in a state (implicit: of a query), X and Y numbers in an input and in
-a target, F basis functions; S tokens that attend or read, C numbers a head. Equations, sections and figures are the paper's.
+T prefixes of a mini-batch (its first 1, 2, ..., N observations in causal training; else one, all of it), H past states,
+P numbers in a state (implicit: of a query), X and Y numbers in an input and in a target, F basis functions; S tokens that
+attend or read, C numbers a head. Equations, sections and figures are the paper's.
 """
 
 import argparse
@@ -71,8 +72,8 @@ def mini_batches(model, task):
     They hold all N observations or, in training without a mask, as many as are drawn for the whole batch (sec. 11.4).
 
     For implicit models with `--decoder solve` y is (B, n, 2 Y): the targets, then the residuals of the observations' own
-    predictions. In this regime only queries have any. So each observation is a query of all mini-batches before its own, and
-    meets them as the task's queries do, at the same sizes: its residual tells how far these have come. Here all observations
+    predictions. In this regime only queries have predictions. So each observation is a query of all mini-batches before its own,
+    and meets them as the task's queries do, at the same sizes: its residual tells how far these have come. Here all observations
     to come meet each mini-batch in turn; on a stream, keeping earlier mini-batches would give the same numbers.
     """
     K, _, N, _ = task.context_x.shape
@@ -731,7 +732,7 @@ def parse_args(parser, presets, argv=None):
     if checkpoint:
         for flag, value in what.items():  # also where another version of the script wrote it, without this flag
             if flag not in FREE and value != before.get(flag):
-                fail(f"{spell(flag, value)} does not fit {file}, which has {before.get(flag)}")
+                fail(f"{spell(flag, value)} does not fit {file}, which has {before.get(flag, 'no such flag')}")
     check(args, given)
     if "eval_steps" in what:
         args.eval_steps = args.eval_steps or 2 * args.steps
@@ -764,7 +765,7 @@ def check(args, given):
         (args.hidden % args.latent_tokens, f"--hidden {args.hidden} is not divisible by --latent-tokens {args.latent_tokens}"),
         (args.latent_tokens > 1 and not slots, "--latent-tokens above 1 needs --regime explicit --decoder linear --mask none"),
         (implicit and args.signal != "data", f"--signal {args.signal}: --regime implicit has no parameters to take gradients of (use --signal data)"),
-        (implicit and args.decoder == "span", "--decoder span is for --regime parametric and explicit"),
+        (implicit and args.decoder not in ("solve", "linear"), f"--decoder {args.decoder} is for --regime parametric and explicit"),
         (args.update == "direct" and not linear, "--update direct needs --decoder linear: what tokens ask for is a change"),
         (implicit and args.state == "latent" and not linear, "--state latent needs --decoder linear: what tokens ask for is a change of a prediction"),
     )
