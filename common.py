@@ -514,7 +514,7 @@ REGIMES = {"parametric": Parametric, "explicit": Explicit, "implicit": Implicit}
 
 def fail(message, code=2, leave=sys.exit):
     """Ends the program with one line on stderr."""
-    for bar in list(getattr(tqdm, "_instances", ())):
+    for bar in list(tqdm._instances):
         bar.close()  # or it would draw itself once more, below the line
     print("error:", *str(message).splitlines(), file=sys.stderr)
     leave(code)
@@ -810,7 +810,7 @@ def check_out(args):
         resume = "" if args.eval else " --resume goes on with it,"
         fail(f"{args.out} already holds a run: --overwrite replaces it,{resume} another --out leaves it alone")
     out = Path(args.out).absolute()
-    existing = next((folder for folder in (out, *out.parents) if os.path.lexists(folder)), out)
+    existing = next(folder for folder in (out, *out.parents) if os.path.lexists(folder))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         fail(f"cannot write to --out {args.out}: {existing} is not a folder that may be written")
 
@@ -843,12 +843,14 @@ def write_json(path, content):
     replace_file(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
 
 
-def read_log(out):
+def read_log(out, last=math.inf):
+    """Its rows up to iteration `last`."""
     path = os.path.join(out, "log.jsonl")
     if not os.path.exists(path):  # stopped before the first row
         return []
     with or_fail(f"{path} is damaged"), open(path) as f:
-        return [{key: row[key] for key in ("iteration", "loss", "metric", "lr", "seconds")} for row in map(json.loads, f)]
+        rows = [{key: row[key] for key in ("iteration", "loss", "metric", "lr", "seconds")} for row in map(json.loads, f)]
+        return [row for row in rows if row["iteration"] <= last]
 
 
 def load_checkpoint(path, script):
@@ -964,7 +966,7 @@ class Journal:
                 optimizer.load_state_dict(args.checkpoint["optimizer"])
                 self.iteration, self.seconds = args.checkpoint["iteration"], args.checkpoint["train_seconds"]
                 self.pending = [row.to(args.device) for row in args.checkpoint["pending"]]
-            self.rows = [row for row in read_log(args.out) if row["iteration"] <= self.iteration]  # what came after it will be replayed
+            self.rows = read_log(args.out, self.iteration)  # what came after it will be replayed
         elif not RANK:
             with or_fail(f"cannot write to --out {args.out}"):
                 os.makedirs(args.out, exist_ok=True)
@@ -1005,7 +1007,7 @@ class Journal:
         if not self.iteration:
             fail("stopped before the first iteration: nothing was written", 128 + stop)
         how = f"stopped after {self.iteration} of {self.args.iters} iterations; go on with" if stop else "trained; evaluated now, or later by"
-        print(f"{how} --resume {self.args.out}")
+        print(f"{how} --resume {shlex.quote(self.args.out)}")
         if stop == signal.SIGTERM:
             sys.exit(128 + signal.SIGTERM)
         if RANK:  # evaluation is for rank 0

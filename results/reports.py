@@ -10,7 +10,7 @@ import shlex
 import sys
 import tempfile
 import time
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections import namedtuple
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler chats on stderr
@@ -25,9 +25,9 @@ import torch
 
 def make_parser(program, doc):
     """The flags of a program that writes one JSON file; it adds its own."""
-    parser = common.Parser(prog=program, description=doc, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = common.Parser(prog=program, description=doc, formatter_class=common.HelpFormatter, allow_abbrev=False)
     out = f"out/{os.path.basename(program).removesuffix('.py')}.json"
-    parser.add_argument("--out", type=common.path, metavar="FILE", default=out, help=f"the JSON file (default: {out})")
+    parser.add_argument("--out", type=common.path, metavar="FILE", default=out, help="the JSON file")
     parser.add_argument("--overwrite", action="store_true", help="replace that file")
     return parser
 

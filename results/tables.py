@@ -2,7 +2,7 @@
 
 Every number between a pair of <!-- table: NAME --> and <!-- end --> comments comes from here, and a test compares. A file is
 the results.json of the command that it names itself; NAME.seed1.json is that of the same command with --seed 1. Columns
-"paper" quote its tables 2 to 4, at its sizes, not at ours.
+and rows "paper" quote its tables 2 to 6, at its sizes, not at ours.
 """
 
 import argparse

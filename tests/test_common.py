@@ -831,6 +831,13 @@ def test_the_explicit_predictor_learns_at_a_fraction_of_the_rate_and_every_param
             assert rates[p] == pytest.approx(full * (0.03 if name.startswith("basis.") else 1))
 
 
+def test_the_rate_warms_up_over_a_twentieth_and_falls_to_zero_by_a_cosine():
+    args, groups = argparse.Namespace(lr=2.0, iters=200), [{"share": 0.5}]
+    rates = [common.set_learning_rate(argparse.Namespace(param_groups=groups), i, args) or groups[0]["lr"] for i in range(200)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)]) and max(rates) == pytest.approx(1)
+    assert rates[104] == pytest.approx(0.5) and rates[199] == pytest.approx(0) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
 def test_seeds_are_a_function_of_stream_seed_and_index():
     def draw(*key):
         common.seed_all(*key)

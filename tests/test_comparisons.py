@@ -16,7 +16,9 @@ import cost
 import linreg
 import mnist
 import race
+import reports
 import sampler
+import toposort
 from test_wrong_use import refused
 
 
@@ -132,6 +134,36 @@ def test_a_race_on_the_tasks_of_the_evaluation(script, names, finished, monkeypa
         assert name == "this model" or (any(line.startswith(f"{name}: ") for line in printed.splitlines()) and row["faster"] == race.faster(rows["this model"], row))
 
 
+def test_rivals_are_tuned_on_other_tasks_and_see_what_the_file_says(finished, monkeypatch):
+    """Of 5 observations a mini-batch in three dimensions, K = 2: what runs predict, by hand; and the end is picked from given curves."""
+    curves, met = {0.1: [2.5, 3.0, 2.0, 2.0], 1.0: [4.0, 2.01, 5.0, 5.0]}, []
+    monkeypatch.setattr(race, "RATES", list(curves))
+    monkeypatch.setattr(race, "MARKS", [1, 2, 3, 30])
+    monkeypatch.setattr(race, "meta_train", lambda *_: (torch.ones(3), 0.7, 5))
+
+    def trace(run, task, rate, trained):
+        met.append((run, task, rate, [p.detach() for p in run.start(task, rate)]))
+        return torch.tensor(curves.get(rate, [1.0] * 4)).expand(len(task.query_x), -1), [0.0] * 4
+
+    monkeypatch.setattr(race, "trace", trace)
+    wanted = Namespace(file=str(finished("linreg") / "checkpoint.pt"), more=["--eval-steps=4", "--device=cpu"], command="")
+    trained = reports.read_checkpoint(wanted)
+    rows, _ = race.race(trained, ("sgd", "lbfgs", "maml"), 1.0)
+    assert (rows["SGD"]["rate"], rows["SGD"]["end"]) == (1.0, 1), "the first to within 1% of the lowest"
+    (evaluated,) = trained.tasks(4)
+    for run, task, rate, predictions in met:
+        x, y, queries = task.context_x[0] / 3**0.5, task.context_y[0], task.query_x / 3**0.5
+        assert len(task.query_x) == 32 or torch.equal(task.query_x, evaluated.query_x)
+        assert len(task.query_x) < 32 or not torch.isin(task.query_x, evaluated.query_x).any(), "picked on others"
+        if run.steps is race.MARKS:
+            x, y = common.seen(task, 2)
+            torch.testing.assert_close(predictions[-1], queries @ torch.linalg.lstsq(x / 3**0.5, y).solution, rtol=1e-2, atol=1e-2)
+        elif rate == 0.7:
+            start = torch.ones(3, 1)
+            torch.testing.assert_close(predictions[0], queries @ (start - 0.7 * 2 / 5 * x.mT @ (x @ start - y)))
+    assert {rate for _, _, rate, _ in met} == {None, 0.1, 1.0, 0.7}
+
+
 # ---------------------------------------------------------------- many steps or one
 
 
@@ -181,6 +213,16 @@ def test_both_samplers_are_timed(monkeypatch, capsys):
         row = report[mechanism]
         assert len(row["turns"]) == 3 and row["ms"] == sorted(ours for ours, _ in row["turns"])[1]
         assert row["ratio"] == sorted(loop / ours for ours, loop in row["turns"])[1] and f"{row['ratio']:.1f} times" in printed
+
+
+@pytest.mark.parametrize("mechanism", toposort.MECHANISMS)
+def test_both_samplers_draw_from_the_same_models(mechanism):
+    """The mean size of a node that has two parents, over many models."""
+    graph, random = torch.ones(1, 3, 3).triu(1).bool(), np.random.default_rng(0)
+    torch.manual_seed(0)
+    ours = toposort.simulate(graph.expand(300, -1, -1), mechanism, "in", 50)[..., 2].std(1).mean().item()
+    loop = np.mean([sampler.simulate_loop(graph[0].numpy(), mechanism, "in", 50, random)[:, 2].std(ddof=1) for _ in range(300)])
+    assert ours == pytest.approx(loop, rel=0.15)
 
 
 # ---------------------------------------------------------------- wrong use

@@ -49,3 +49,14 @@ def test_programs_that_write_into_results_do_not_start_by_mistake(program, flags
     before = [os.path.getmtime(path) for path in kept]
     done = subprocess.run([sys.executable, os.path.join(root, "results", f"{program}.py"), flags], capture_output=True, text=True)
     assert done.returncode == code and "Traceback" not in done.stderr and [os.path.getmtime(path) for path in kept] == before
+
+
+def test_runs_that_were_stopped_are_not_whole_and_small_differences_are_none(tmp_path):
+    file = tmp_path / "results.json"
+    assert not ablations.whole(file)
+    for iterations in (3, 5):
+        file.write_text(json.dumps({"iterations": iterations, "args": {"iters": 5}}))
+        assert ablations.whole(file) == (iterations == 5)
+    row = lambda after, stderr: {"mean": [9.0, 9.0, after], "stderr": [stderr] * 3, "trained": 2}
+    assert ablations.differ(row(1.0, 0.01), row(1.05, 0.01))
+    assert not ablations.differ(row(1.0, 0.01), row(1.015, 0.0)) and not ablations.differ(row(1.0, 0.02), row(1.05, 0.02))

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,9 +33,7 @@ def contents(folder):
     for row in rows:
         del row["seconds"]
     for key in ("command", "train_seconds", "cpu_seconds"):
-        del results[key]
-    for key in ("command", "train_seconds", "cpu_seconds"):
-        del checkpoint[key]
+        del results[key], checkpoint[key]
     return checkpoint, results, rows
 
 
@@ -160,6 +159,20 @@ def test_sigterm_saves_and_leaves_without_evaluating(monkeypatch):
     assert_same_run("straight", "broken")
 
 
+def test_a_signal_during_the_last_save_counts(monkeypatch):
+    save = common.Journal.save
+    monkeypatch.setattr(common.Journal, "save", lambda self: (save(self), self.iteration == 3 and signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(SystemExit) as stop:
+        call("linreg", "--out run")
+    assert stop.value.code == 143
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_iteration(monkeypatch):
+    monkeypatch.setattr(linreg, "sample_tasks", lambda *_: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        call("linreg", "--out run")
+
+
 @pytest.mark.parametrize("kills", [int(os.environ.get("KILLS", 5))])
 def test_sigkill_at_random_moments_loses_no_bit(kills):
     """Whatever a kill cuts short, the last checkpoint is whole, and resuming replays what came after it."""
@@ -176,6 +189,18 @@ def test_sigkill_at_random_moments_loses_no_bit(kills):
         process.communicate()
         assert torch.load("broken/checkpoint.pt", weights_only=True)["iteration"] < 200
         command = [sys.executable, "-c", saves, "--resume", "broken"]
+    call("linreg", "--resume broken", tiny=False)
+    assert_same_run("straight", "broken")
+
+
+def test_rows_that_a_kill_left_ahead_of_the_checkpoint_are_replayed(monkeypatch):
+    monkeypatch.setattr(common.Journal, "every", 2)
+    call("linreg", TWENTY, "--out straight")
+    sample, left = linreg.sample_tasks, iter(range(9, -1, -1))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(linreg, "sample_tasks", lambda *args: (1 / next(left), sample(*args))[1])
+        call("linreg", TWENTY, "--out broken")  # the checkpoint is of iteration 1, the log goes on to 8
+    assert sum(1 for _ in open("broken/log.jsonl")) == 4
     call("linreg", "--resume broken", tiny=False)
     assert_same_run("straight", "broken")
 
@@ -212,13 +237,21 @@ def test_evaluating_a_checkpoint_reproduces_its_results(script, finished, finish
     assert all(metric["tasks"] == 50 for metric in json.load(open("more/results.json"))["metrics"].values())
 
 
-def test_processor_time_is_of_all_processes_of_a_run(finished_copy):
+def test_time_is_of_all_processes_of_a_run(finished_copy):
     folder = finished_copy("linreg")
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert 0 < checkpoint["cpu_seconds"] <= json.load(open(folder / "results.json"))["cpu_seconds"] + 0.1
-    torch.save(checkpoint | {"cpu_seconds": 1e6}, folder / "checkpoint.pt")
+    torch.save(checkpoint | {"cpu_seconds": 1e6, "train_seconds": 1e6, "iteration": 2}, folder / "checkpoint.pt")
     call("linreg", "--resume", folder, tiny=False)
-    assert json.load(open(folder / "results.json"))["cpu_seconds"] > 1e6 and torch.load(folder / "checkpoint.pt", weights_only=True)["cpu_seconds"] > 1e6
+    for saved in (json.load(open(folder / "results.json")), torch.load(folder / "checkpoint.pt", weights_only=True)):
+        assert saved["cpu_seconds"] > 1e6 and saved["train_seconds"] >= 1e6
+
+
+def test_a_run_of_a_gpu_can_be_evaluated_without_one(finished_copy):
+    folder = finished_copy("linreg")
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"args": checkpoint["args"] | {"launch": "graph"}}, folder / "checkpoint.pt")
+    call("linreg", "--eval", folder / "checkpoint.pt", tiny=False)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -239,6 +272,13 @@ def test_a_reader_that_has_seen_enough_is_no_traceback(finished_copy):
     process = subprocess.Popen(python("linreg.py", "--plot-only", str(finished_copy("linreg"))), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()  # as `| head` does when it has its lines
     assert process.stderr.read() == "" and process.wait(60) == 1
+
+
+def test_streams_that_are_closed_or_cannot_encode_a_name(finished_copy):
+    os.rename(finished_copy("linreg"), "rü")
+    command = shlex.join(python("linreg.py", "--resume", "rü")) + " 2>&-"
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"plot: r\\xfc/error.png" in done.stdout
 
 
 def test_a_logarithmic_plot_starts_after_one_mini_batch_and_leaves_out_what_stays_far_behind(monkeypatch):

@@ -249,7 +249,7 @@ def test_results_that_were_edited(change, finished_copy, capsys):
     refused(capsys, "results.json", "linreg", "--plot-only", folder, tiny=False)
 
 
-@pytest.mark.parametrize("content", (b"not json\n", b"[1]\n", b'{"iteration": 3}\n'))
+@pytest.mark.parametrize("content", (b"not json\n", b"[1]\n", b'{"iteration": 3}\n', b'{"iteration": "3", "loss": [1, 1], "metric": 1, "lr": 1, "seconds": 1}\n'))
 @pytest.mark.parametrize("flag", ("--plot-only", "--resume"))
 def test_a_damaged_log(flag, content, finished_copy, capsys):
     folder = finished_copy("linreg")
