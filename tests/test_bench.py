@@ -1,5 +1,6 @@
 """The bench: its yardstick computes what our transformer does, its counts are those made by hand, its times are those of steps."""
 
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import torch
 
 import bench
 import common
+import linreg
 import mnist
 import reports
 from test_common import K, close, copied, make, task  # noqa: F401 (task is a fixture)
@@ -124,8 +126,11 @@ def test_every_script_is_driven_by_its_own_training(script, drawn, monkeypatch):
 def test_table_and_file_say_the_same(monkeypatch, capsys):
     """What is printed, what is written and what follows from what."""
     monkeypatch.setattr(bench, "TURN", 0.0)
-    monkeypatch.setattr(bench, "KS", range(1, 3))
-    monkeypatch.setattr(bench, "product_speed", lambda args, m, k, n: 50.0 if m == n else 40.0)
+    monkeypatch.setattr(bench, "KS", range(1, 4))
+    square, wide = (itertools.cycle(speeds) for speeds in ([30.0, 50.0, 40.0], [40.0, 10.0, 20.0]))
+    monkeypatch.setattr(bench, "product_speed", lambda args, m, k, n: next(square if m == n else wide))
+    sample, drawn = linreg.sample_tasks, []
+    monkeypatch.setattr(linreg, "sample_tasks", lambda B, K, args: (drawn.append(K), sample(B, K, args))[1])
     journal, draw_size = common.Journal, common.draw_size
     bench.main(f"--scripts linreg mog_flow --regimes explicit implicit --repeats 3 --out new/b.json {TOY}".split())
     assert (common.Journal, common.draw_size) == (journal, draw_size), "everything is as it was"
@@ -134,6 +139,7 @@ def test_table_and_file_say_the_same(monkeypatch, capsys):
     assert report["machine"] in printed and f"threads {report['threads']}" in printed and report["dtype"] in printed
     rows = {(row["script"], row["regime"]): row for row in report["rows"]}
     assert len(rows) == 3 and ("mog_flow", "implicit") in rows, "a flow has one regime"
+    assert drawn.count(3) >= 2 * (2 * 3 + 2), "two models, two steps at least in each of three turns and for the memory"
     for (script, regime), row in rows.items():
         table, turns = row["table"], row["turns"]
         assert all(math.isfinite(value) and (value > 0 or key == "K^") for key, value in table.items())  # the slope is noise at toy size
@@ -148,7 +154,7 @@ def test_table_and_file_say_the_same(monkeypatch, capsys):
         assert table["x sum"] == pytest.approx(table["ms"] / sum(row["parts_ms"].values()))
         fixed = sum(row["parts_ms"][part] for part in parts - {"attention", "norms", "GELU"})
         assert table["x limit"] == pytest.approx(sorted(turns["stock"])[1] / fixed)
-        assert row["by_k"]["steps"] == [1, 2] and table["MB 10/1"] == row["by_k"]["MB"][1] / row["by_k"]["MB"][0]
+        assert row["by_k"]["steps"] == [1, 2, 3] and table["MB 10/1"] == row["by_k"]["MB"][2] / row["by_k"]["MB"][0]
         assert any(line.split()[:3] == [script, regime, f"{table['ms']:.2f}"] for line in printed.splitlines())
 
 

@@ -170,7 +170,10 @@ def test_rivals_are_tuned_on_other_tasks_and_see_what_the_file_says(finished, mo
 @pytest.mark.parametrize("script", ("linreg", "mnist"))
 def test_cost_of_steps_beside_one_on_all(script, finished, monkeypatch, capsys):
     monkeypatch.setattr(cost, "KS", (1, 2, 4))
+    solve, classes = cost.solve, set()
+    monkeypatch.setattr(cost, "solve", lambda *args: (classes.add(args[-1]), solve(*args))[1])
     cost.main([str(finished(script) / "checkpoint.pt"), "--out", "new/c.json"])
+    assert classes == {script == "mnist"}, "what is averaged over mini-batches are probabilities, or numbers"
     report, evaluated = json.load(open("new/c.json")), json.load(open(finished(script) / "results.json"))["metrics"]["id"]
     steps, vote, one = (report[form] for form in ("steps", "vote", "one"))
     assert os.path.exists("new/c.png") and report["note"] in capsys.readouterr().out
