@@ -40,7 +40,7 @@ def get_args(argv=None):
 
 
 def glyph(letter, size=64):
-    """The ink of a letter as points (P, 2): pixels of a rendering `size` high, centred, the longer side from -1 to 1, y up."""
+    """The ink of a letter as points (P, 2): pixels of a rendering in a font of `size`, centred, the longer side from -1 to 1, y up."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 

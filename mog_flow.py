@@ -343,6 +343,7 @@ def plot_excess(path, results):
         top = max(beside["one Gaussian"][key]["mean"] + m[key]["mean"][1:])  # step 0 has seen nothing and would dwarf the rest
         ax.set_title(f"{split}: {m['data']}", fontsize=9)
         ax.set(xlabel="mini-batches seen", ylabel=f"{distance} beyond fresh samples", ylim=(-0.1 * top, 1.2 * top))
+        ax.locator_params("x", integer=True)
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
     fig.tight_layout()
@@ -355,12 +356,14 @@ def plot(out, script="mog_flow"):
     plot_excess(f"{out}/excess.png", results)
     for split, m in results["metrics"].items():
         path = f"{out}/points_{split}.npz"
-        with common.or_fail(f"{path} is missing or damaged"), np.load(path) as file:
+        with common.or_fail(f"{path} is missing or damaged, or of another run"), np.load(path) as file:
             points = [file[name] for name in ("batches", "generated", "truth")]
-        title = m["data"] + (" (two are drawn)" if points[0].shape[-1] > 2 else "")  # of its dimensions
-        points = [p[..., :2] for p in points]
-        plot_grid(f"{out}/grid_{split}.png", *points, results["args"]["steps"], title)
-        plot_gif(f"{out}/refinement_{split}.gif", *points, results["args"]["steps"], title)
+            if (len(points[1]), f"W2, {points[2].shape[1]} points") != (len(m["steps"]), m["name"]):
+                raise ValueError("other steps or points than in results.json")
+            title = m["data"] + (" (two are drawn)" if points[0].shape[-1] > 2 else "")  # of its dimensions
+            points = [p[..., :2] for p in points]
+            plot_grid(f"{out}/grid_{split}.png", *points, results["args"]["steps"], title)
+            plot_gif(f"{out}/refinement_{split}.gif", *points, results["args"]["steps"], title)
     print(f"plots: {out}/error.png, excess.png, grid_*.png, refinement_*.gif")
 
 
@@ -369,11 +372,12 @@ def plot(out, script="mog_flow"):
 
 def report(metrics, baselines, K):
     """The excess over the floor, row by row: W2 itself says little, since its floor depends on --points."""
+    shown = sorted({1, K})
     for split, m in metrics.items():
         for name, row in {OURS: m, **baselines[split]}.items():
-            at = [row["steps"].index(k) for k in (1, K)]
+            at = [row["steps"].index(k) for k in shown]
             w2, w1 = (", ".join(f"{d['mean'][i]:+.3f} +- {d['stderr'][i]:.3f}" for i in at) for d in (row["excess"], row["w1_excess"]))
-            print(f"{split} beyond the floor, steps 1 and {K}: W2 {w2}; W1 {w1} | {name}")
+            print(f"{split} beyond the floor after {' and '.join(map(str, shown))}: W2 {w2}; W1 {w1} | {name}")
 
 
 def main(argv=None):

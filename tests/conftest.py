@@ -77,8 +77,8 @@ def write_features(path, classes, seed, dim=6, train=8, test=4):
 
 
 def pytest_collection_modifyitems(items):
-    """Those for a GPU come last: once gradients were taken there, a process cannot take any after a fork, and the tests of ranks fork."""
-    items.sort(key=lambda item: item.module.__name__ == "test_gpu")
+    """The tests of ranks, which fork, come first, and those for a GPU last: a process that took gradients there, or on a fake one, cannot take any after a fork."""
+    items.sort(key=lambda item: {"test_ranks": 0, "test_gpu": 2}.get(item.module.__name__, 1))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,6 @@ import mnist
 import race
 import reports
 import sampler
-import toposort
 from test_wrong_use import refused
 
 
@@ -216,16 +215,6 @@ def test_both_samplers_are_timed(monkeypatch, capsys):
         row = report[mechanism]
         assert len(row["turns"]) == 3 and row["ms"] == sorted(ours for ours, _ in row["turns"])[1]
         assert row["ratio"] == sorted(loop / ours for ours, loop in row["turns"])[1] and f"{row['ratio']:.1f} times" in printed
-
-
-@pytest.mark.parametrize("mechanism", toposort.MECHANISMS)
-def test_both_samplers_draw_from_the_same_models(mechanism):
-    """The mean size of a node that has two parents, over many models."""
-    graph, random = torch.ones(1, 3, 3).triu(1).bool(), np.random.default_rng(0)
-    torch.manual_seed(0)
-    ours = toposort.simulate(graph.expand(300, -1, -1), mechanism, "in", 50)[..., 2].std(1).mean().item()
-    loop = np.mean([sampler.simulate_loop(graph[0].numpy(), mechanism, "in", 50, random)[:, 2].std(ddof=1) for _ in range(300)])
-    assert ours == pytest.approx(loop, rel=0.15)
 
 
 # ---------------------------------------------------------------- wrong use

@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-import alphabets  # noqa: E402
-import common  # noqa: E402
-import mog_flow  # noqa: E402
-from mog_flow import Density  # noqa: E402
+import alphabets
+import common
+import mog_flow
+from conftest import ROOT
+from mog_flow import Density
 
 TINY = "--iters 2 --eval-tasks 3 --points 8 --ode-steps 2 --steps 1 --context 6 --queries 5 --tasks 2 --width 8 --depth 1 --device cpu".split()
 
@@ -64,6 +62,15 @@ def test_mixtures_have_the_papers_sizes():
     two = Density(torch.tensor([[[0.0], [1.0], [2.0]]]), torch.tensor([2]), torch.tensor([0.0]))
     drawn = mog_flow.draw(two, 10_000)
     assert drawn.max() == 1 and abs(drawn.mean() - 0.5) < 0.03  # the padding is never drawn, the others are equally likely
+
+
+def test_the_guess_of_the_data_is_a_regression_on_the_path():
+    """If data are N(0, I), x_1 is best guessed by a line through x_t whose slope least squares finds."""
+    x0, x1 = torch.randn(2, 20_000, 1)
+    for t in (0.2, 0.5, 0.9):
+        xt, _ = mog_flow.path(x0, x1, t)
+        guess = mog_flow.embed(xt, torch.full_like(xt, t))[:, 1:2]
+        assert torch.allclose(guess, (xt * x1).sum() / xt.square().sum() * xt, atol=0.12)
 
 
 # ---------------------------------------------------------------- exact field and solvers
@@ -188,6 +195,38 @@ def test_one_gaussian_has_the_points_mean_and_covariance():
     assert torch.allclose(drawn.T.cov(), points[0].T.cov(), atol=0.05)
 
 
+@torch.no_grad()
+def test_an_evaluation_equals_one_by_hand(tmp_path):
+    """34 tasks, the first ones of two draws of 32, after two of six mini-batches; in the units of the data."""
+    flags = dict(width=16, heads=2, depth=2, history=2, mask="none", state="logits", attention="softmax", update="residual", clock="none", state_scale=1.0, init="random", decoder="linear", ode_steps=2, seed=0, checkpoint=None, reason="as asked")
+    args = mog_args(regime="implicit", dtype="float32", compile=False, points=9, eval_tasks=34, out=str(tmp_path), **flags)
+    model, rows = mog_flow.make_model(args).eval(), []
+    m, beside = mog_flow.compare(model, args, "id", "mixtures", mog_flow.sample_densities, 5.0, stream=7)
+    bandwidth = mog_flow.best_bandwidth(mog_flow.sample_densities, 12, args)
+    for index, count in enumerate((32, 2)):
+        common.seed_all(common.EVALUATION, 7, index)
+        density = mog_flow.sample_densities(32, args)
+        batches = [mog_flow.draw(density, 6) for _ in range(6)]
+        truth, *fresh = (mog_flow.draw(density, 9) for _ in range(5))
+        points = mog_flow.generate(model, batches[:2], torch.randn_like(truth), args)
+        mog_flow.resample(batches[0], 9, 0.1)  # the kernel density after one mini-batch comes first
+        kernel = mog_flow.resample(torch.cat(batches[:2], 1), 9, bandwidth)
+        distance = lambda x, p: mog_flow.wasserstein(5 * x, 5 * truth, p)
+        floor = [sum(distance(x, p) for x in fresh) / 4 for p in (2, 1)]
+        each = [distance(points, 2), distance(points, 1), distance(points, 2) - floor[0], distance(points, 1) - floor[1], distance(kernel, 2) - floor[0]]
+        rows.append(torch.stack(each)[:, :count])
+        if index == 0:
+            saved = np.load(tmp_path / "points_id.npz")
+            for name, value in (("truth", truth), ("batches", torch.stack(batches)[:, :8]), ("generated", points)):
+                found = saved[name][2] if name == "generated" else saved[name]
+                torch.testing.assert_close(torch.tensor(found), 5 * value[:8] if name != "batches" else 5 * value, rtol=1e-3, atol=1e-3)
+    found = (m, m["w1"], m["excess"], m["w1_excess"])
+    for part, row in zip(found, torch.cat(rows, 1)):
+        assert part["mean"][2] == pytest.approx(row.mean().item(), rel=1e-4) and part["stderr"][2] == pytest.approx(row.std().item() / 34**0.5, rel=1e-4)
+    assert beside["kernel density"]["excess"]["mean"][1] == pytest.approx(torch.cat(rows, 1)[4].mean().item(), rel=1e-4)
+    assert m["steps"] == [0, 1, 2, 3, 4, 6] and m["name"] == "W2, 9 points"
+
+
 # ---------------------------------------------------------------- letters
 
 
@@ -230,6 +269,24 @@ def test_letters_are_turned_and_scaled():
     assert 1.5 <= size.min() < 1.7 and 4.3 < size.max() <= 4.5  # 3 * U(0.5, 1.5)
     top = density.centres[:, 0] / density.centres[:, 0].norm(dim=1, keepdim=True)
     assert top.mean(0).norm() < 0.15  # every direction
+
+
+def test_letters_are_evaluated_where_their_split_says_in_their_units(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(mog_flow, "compare", lambda model, args, split, data, sample, unit, stream: (seen.update({split: (data, sample(400, args), unit, stream)}), ({}, {}))[1])
+    alphabets.evaluate(None, mog_args())
+    for split, letters in (("id", alphabets.LETTERS), ("ood", alphabets.HELD_OUT)):
+        data, density, unit, _ = seen[split]
+        assert data == f"letters {letters}" and set(density.count.tolist()) == {len(alphabets.glyph(letter)) for letter in letters}
+        assert unit * density.std.item() == pytest.approx(0.05) and 4 < unit * density.centres.norm(dim=-1).amax() < 4.5 * 2**0.5
+    assert seen["id"][3] != seen["ood"][3], "no random numbers in common"
+
+
+def test_letters_are_never_mirrored():
+    glyph = alphabets.glyph("F")
+    for centres in alphabets.make_sampler("F", mog_args())(20, mog_args()).centres:
+        turn = torch.linalg.lstsq(glyph, centres).solution
+        assert torch.allclose(turn @ turn.T, turn.det() * torch.eye(2), atol=1e-4)
 
 
 # ---------------------------------------------------------------- runs
@@ -330,3 +387,10 @@ def test_mixtures_refuse_what_has_no_picture(capsys):
 def test_wrong_use_from_the_shell_is_one_line():
     done = subprocess.run([sys.executable, os.path.join(ROOT, "alphabets.py"), "--regime", "parametric"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_points_of_another_run_are_not_drawn(tmp_path, capsys):
+    for k in "12":
+        mog_flow.main([*TINY, "--steps", k, "--out", str(tmp_path / k)])
+    (tmp_path / "1" / "points_id.npz").replace(tmp_path / "2" / "points_id.npz")
+    refused(capsys, mog_flow, ["--plot-only", str(tmp_path / "2")], "of another run")

@@ -8,7 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
+import common
 import toposort
 from sampler import simulate_loop
 from common import Task, refine
@@ -164,18 +166,16 @@ def test_blocks_are_denser_inside():
 
 @pytest.mark.parametrize("shift", ("in", "out"))
 def test_columns_are_shuffled_with_their_graph(shift):
-    """Roots of linear models have the smallest variance of their line: the labels must follow the columns."""
+    """Columns that an edge joins go together: the labels must follow the columns."""
     torch.manual_seed(1)
     raw, graph = toposort.sample_data(300, 100, 6, shift, ["lin"], "cpu")
     assert raw.shape == (300, 100, 6) and graph.shape == (300, 6, 6)
     assert (graph.tril() & ~graph.triu()).any(0).any(), "not in topological order any more"
     ends = toposort.leaves(graph).double().mean(0)
     assert ends.max() - ends.min() < 0.13, "no column is likelier to be a leaf than another"
-    some = graph.any(2) & graph.any(1)
     correlation = torch.stack([torch.corrcoef(x.T).abs() for x in raw])
     joined = graph | graph.mT
     assert correlation[joined].mean() > correlation[~joined & ~torch.eye(6, dtype=torch.bool)].mean() + 0.1
-    assert some.any()
 
 
 def test_every_family_and_mechanism_has_its_share(monkeypatch):
@@ -225,6 +225,15 @@ def test_tasks_have_their_shapes_and_all_stages():
     assert not (task.query_y & ~task.query_x).any() and task.query_y.any(1).all()
     rows = task.context_x.transpose(0, 1).flatten(1, 2)
     assert rows.mean(1).abs().max() < 1e-4 and torch.allclose(rows.std(1), torch.ones(200, 6), atol=1e-3)
+
+
+def test_every_mechanism_meets_every_family(monkeypatch):
+    """Families are told apart by their leaves: one graph in three has the single leaf of `scale_free_in`, another mostly leaves."""
+    met, simulate = {}, toposort.simulate
+    monkeypatch.setattr(toposort, "simulate", lambda graph, mechanism, *rest: (met.update({mechanism: toposort.leaves(graph).sum(1)}), simulate(graph, mechanism, *rest))[1])
+    toposort.sample_data(300, 2, 20, "in", toposort.MECHANISMS, "cpu")
+    for count in met.values():
+        assert (count == 1).double().mean() == pytest.approx(1 / 3, abs=0.12) and (count > 9).double().mean() == pytest.approx(0.25, abs=0.12)
 
 
 # ---------------------------------------------------------------- the model
@@ -363,6 +372,18 @@ def test_loss_is_minus_the_log_of_the_chance_to_remove_a_leaf():
     assert wrong.tolist() == [1, 0], "a removed node is never chosen"
 
 
+@torch.no_grad()
+def test_the_newest_state_is_changed_and_older_ones_and_the_clock_are_seen():
+    (x, _), alive, (old, new) = dataset(K=1), torch.ones(3, 6, dtype=torch.bool), torch.randn(2, 3, 6)
+
+    def update(*past, step=0, **changes):
+        return make_model(history=2, clock="steps", **changes).update(past, x[0], None, alive, step)[0]
+
+    plain = update(old, new)
+    assert torch.allclose(update(old, new, update="direct") + new, plain, atol=1e-5)
+    assert not torch.allclose(update(new, new), plain, atol=1e-4) and not torch.allclose(update(old, new, step=1), plain, atol=1e-4)
+
+
 # ---------------------------------------------------------------- recursive removal and measures
 
 
@@ -469,6 +490,40 @@ def test_an_oracle_gives_a_true_order():
     assert topological(line).tolist() == [[2, 0, 3, 1]]
 
 
+def test_kernel_r2_rules_compare_what_is_left_with_what_there_was():
+    scores, _, batches, _ = contenders(B=3)
+    nodes = torch.tensor([[0, 1, 3, 5], [5, 2, 1, 0], [4, 3, 2, 1]])
+    left = [(toposort.kernel_residual(x, torch.ones(3, 4).bool())[0] / 3).var(1, correction=0) / x.var(1, correction=0) for x in toposort.columns(batches[:2], nodes)]
+    found = scores["smallest kernel R2"](2, nodes)
+    assert torch.allclose(found.float(), torch.stack(left).log().mean(0), atol=0.05)
+    assert torch.equal(found, -scores["largest kernel R2"](2, nodes))
+
+
+@torch.no_grad()
+def test_an_evaluation_equals_one_by_hand():
+    """34 graphs, the first ones of two draws of 32; after three of six mini-batches; forced, free and violated."""
+    model, args, rows = make_model(), toposort_args(eval_tasks=34), []
+    m, beside = toposort.compare(model, args, "lin", "out", 6)
+    for index, count in enumerate((32, 2)):
+        common.seed_all(common.EVALUATION, 4 * 6 + 1, index)
+        (raw, graph), luck = toposort.sample_data(32, 6 * 12, 6, "out", ["lin"], "cpu"), torch.rand(32, 6, 6)
+        x = toposort.standardise(raw).unflatten(1, (6, 12)).transpose(0, 1)
+        score = lambda nodes: toposort.infer(model, toposort.columns(x[:3], nodes))
+        free, order = toposort.roll_out(score, graph)
+        rows.append(torch.stack([toposort.roll_out(score, graph, luck)[0], free, toposort.violated(graph, order)])[:, :count])
+    for found, row in zip((m, m["free"], m["violated"]), torch.cat(rows, 1)):
+        assert found["mean"][3] == pytest.approx(row.mean().item(), abs=0.015) and found["stderr"][3] == pytest.approx(row.std().item() / 34**0.5, abs=0.01)
+    assert m["steps"] == [0, 1, 2, 3, 6] and m["tasks"] == 34 and beside["vote, no state"]["steps"] == [3]
+
+
+def test_wrong_edges_are_orange_and_nodes_numbered_in_the_true_order():
+    ax = common.Figure().subplots()
+    toposort.draw_order(ax, dict(edges=[[5, 7], [7, 6]], true_order=[5, 7, 6]), [7, 5, 6], "after 1 step")
+    arrows, names = [t.arrow_patch for t in ax.texts if not t.get_text()], [t.get_text() for t in ax.texts if t.get_text()]
+    assert [to_hex(a.get_edgecolor()).upper() == common.COLORS[1] for a in arrows] == [True, False]
+    assert names == ["2", "1", "3"] and ax.get_title() == "after 1 step: 1 of 2 edges wrong"
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -504,6 +559,7 @@ def test_results_hold_all_columns_and_measures(finished):
         ("--tasks 3", "--tasks"),
         ("--decoder solve", "--decoder linear"),
         ("--queries 4", "--nodes"),
+        ("--steps 1 --context 1", "single row"),
         ("--nodes 2", "--nodes"),
         ("--eval-nodes 2", "--eval-nodes"),
         ("--mechanism cubic", "--mechanism"),
