@@ -548,7 +548,7 @@ def run(main):
             fail(f"--compile failed: run without it ({textwrap.shorten(str(problem), 100)})")
         if isinstance(problem, RuntimeError) and not any(word in str(problem) for word in ("allocate", "overflow")):
             raise
-        fail("not enough memory for this: fewer tasks, steps, observations, queries, nodes or points, or a smaller --width, need less")
+        fail("not enough memory for this: fewer tasks, steps, observations, queries, nodes or points, or a smaller --width or --batch, need less")
 
 
 # ---------------------------------------------------------------- several ranks

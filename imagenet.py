@@ -57,7 +57,7 @@ def folder_name(text):
 def get_args(argv=None):
     parser = common.make_parser("imagenet", __doc__, eval_steps=True)
     add = parser.add_argument_group("the data").add_argument
-    known = "a backbone that was extracted, mobilenet_v2 (the .npz files), or synthetic; auto: the first of these that is found"
+    known = "a backbone that was extracted, mobilenet_v2 (the .npz files), or synthetic; auto: the only one extracted, else the first of the others that is found"
     add("--features", type=folder_name, default="auto", help=known)
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA") or "data", help="its features/ holds them (default: $IAI_DATA or data/)")
     add("--ways", type=common.number(int, 2), default=20, help="classes of a task")
@@ -313,7 +313,7 @@ def evaluate(model, features, args):
     if features.means is not None:
         floor = bayes_error(features, args)
         print(f"Bayes error of {features.name}: {floor.mean():.2f}%")
-        baselines["class means known"] = common.summary([floor[:, None].expand(-1, len(steps))], steps)
+        baselines["class means known, other tasks"] = common.summary([floor[:, None].expand(-1, len(steps))], steps)
     classes = len(features.train.count)
     few = f", {classes} ways" if classes < args.ways else ""
     return common.summary(ours, name="error %", data=features.name + few), baselines
@@ -330,7 +330,7 @@ SHARD = 4096  # images in a file: ImageNet in some 330, since every memory map h
 
 
 def get_extraction_args(argv):
-    parser = common.Parser(prog="imagenet.py --extract imagenet", description=extract.__doc__, allow_abbrev=False)
+    parser = common.Parser(prog="imagenet.py --extract imagenet", description=extract.__doc__, formatter_class=common.HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--extract", choices=("imagenet", "cifar10", "cifar100"), required=True, help="the dataset")
     add("--source", type=common.path, required=True, help="of ImageNet: train/ and val/, with a folder a class; of CIFAR: torchvision's folder")
@@ -362,6 +362,7 @@ def load_backbone(args):
             preprocess = transforms.Compose([resize, transforms.CenterCrop(224), transforms.ToTensor(), normalize])
         else:
             model = models.get_model(name, weights=None if args.weights else "DEFAULT")
+            model.transform_input = True  # GoogLeNet and Inception; torchvision sets it with its own weights only
             preprocess = models.get_model_weights(name).DEFAULT.transforms()
         if args.weights:
             model.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
@@ -435,11 +436,14 @@ def read_features(folder):
     parts = {}
     with common.or_fail(f"{folder} is damaged, or an extraction that did not finish: run its command again, or delete it if that is no help"):
         facts = json.loads(Path(folder, "features.json").read_text())
-        for split, count in facts["count"].items():  # which is there once all shards are
+        for split in ("train", "test"):
+            count = facts["count"][split]  # which is there once all shards are
             shards = [read_shard(path, facts["size"]) for path in sorted(Path(folder).glob(f"{split}-*.npy"))]
             if any(rows is None for rows in shards) or sum(map(len, shards)) != count:
                 raise ValueError(f"it does not hold the {count} images of {split}")
             parts[split] = [(rows["x"], rows["label"]) for rows in shards]
+        if not facts.keys() >= {"backbone", "weights_sha256"}:
+            raise ValueError("features.json does not say what made them")
     return parts, facts
 
 
@@ -480,9 +484,10 @@ def extract_split(split, images, model, size, folder, args):
             common.replace_file(str(path), lambda f: np.save(f, np.array(rows, row_type(size))))
     if todo:
         speed, start = left / (time.time() - start), time.time()
+        whole = max(map(len, plan))  # the last one may be smaller, and all of them smaller than --batch
         for _ in range(3):
-            forward(model, pixels[:1].expand(args.batch, -1, -1, -1), args)  # a whole batch: the last one may be smaller
-        alone = 3 * args.batch / (time.time() - start)
+            forward(model, pixels[:1].expand(whole, -1, -1, -1), args)
+        alone = 3 * whole / (time.time() - start)
         print(f"{split}: {speed:.1f} images/s, {100 * speed / alone:.0f}% of the {alone:.1f} that the backbone does by itself")
     else:
         print(f"{split}: nothing to do, all of it was there")
@@ -514,9 +519,11 @@ def extract(argv):
     common.write_json(str(path), facts)
     try:
         skipped = {split: extract_split(split, images, model, size, folder, args) for split, images in source.items()}
-    except OSError as problem:
+    except (OSError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "DataLoader worker" not in str(problem):
+            raise
         common.fail(f"cannot go on with {folder}: {str(problem).splitlines()[-1]}")
-    if "count" not in facts:  # counted once: shards of another extraction do not fit
+    if not facts.keys() >= {"count", "skipped"}:  # counted once: shards of another extraction do not fit
         facts["count"] = {split: len(images) - len(skipped[split]) for split, images in source.items()}
         facts["skipped"] = skipped
         common.write_json(str(path), facts)

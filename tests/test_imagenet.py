@@ -1,6 +1,7 @@
 """Features of images: tasks, files, rivals and the synthetic oracle on numbers that are known; extraction on images made here."""
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from PIL import Image
 
 import common
 import imagenet
+import mnist
 from conftest import REAL_DATA, ROOT, call, write_features
 from imagenet import Features, Split
 from test_wrong_use import files, refused, truncate, write
@@ -211,6 +213,18 @@ def test_without_cifar_the_run_ends_well_and_says_what_it_left_out(small_data, c
     assert "ood_cifar10 will not run" in capsys.readouterr().out
 
 
+def test_features_out_of_distribution_are_standardised_as_those_of_training(small_data):
+    args = settings(dim=3)
+    content = {name: dict(np.load(small_data / f"features/{name}.npz")) for name in ("tiny_imagenet", "cifar10")}
+    raw = lambda name, part: content[name][f"x_{part}"] * content[name]["scale"]
+    mean, directions, unit = imagenet.principal([(raw("tiny_imagenet", "train"), content["tiny_imagenet"]["y_train"])], 3)
+    found = imagenet.load_images(args)["ood_cifar10"]
+    for part in ("train", "test"):
+        order = np.argsort(content["cifar10"][f"y_{part}"], kind="stable")
+        expected = (torch.tensor(raw("cifar10", part)[order]).float() - mean) @ directions / unit
+        torch.testing.assert_close(getattr(found, part).x.float(), expected, atol=4e-3, rtol=2e-3)
+
+
 # ---------------------------------------------------------------- rivals and the synthetic oracle
 
 
@@ -284,6 +298,39 @@ def test_the_bayes_error_equals_that_of_a_classifier_run_on_drawn_features():
         around = split.x - features.means.repeat_interleave(split.count, 0)
         assert around.std().item() == pytest.approx(noise, rel=0.02) and abs(around.mean().item()) < 0.01
         assert split.x.var().item() == pytest.approx(1, abs=0.25)
+
+
+def test_the_prior_with_the_fewest_errors_is_picked_for_each_step(monkeypatch):
+    features, args = imagenet.draw_synthetic("synthetic", 1, settings(dim=8)), settings()
+    sample = lambda B: imagenet.sample_tasks(features, B, 2, args)
+    common.seed_all(common.EVALUATION, 1000)
+    truth, best = sample(32).query_y, {20: 300.0, 40: 3.0}  # by how many observations it is given
+    monkeypatch.setattr(imagenet, "fitted", lambda x, y, query_x, prior: truth * (1 if prior == best[x.shape[1]] else -1))
+    assert imagenet.best_priors(sample, [1, 2]) == [300.0, 3.0]
+
+
+def test_synthetic_strangers_are_other_classes():
+    data = imagenet.load(settings(features="synthetic", dim=8, description={"args": {}}))
+    assert not torch.equal(data["id"].means, data["ood"].means)
+
+
+@pytest.mark.parametrize("script", ("mnist", "imagenet"))
+def test_logistic_regression_is_given_all_data_seen(script, finished):
+    """From zero, a thousand iterations."""
+    results, module = json.load(open(finished(script) / "results.json")), importlib.import_module(script)
+    args = settings(**{key: results["args"][key] for key in results["args"].keys() & {"dim", "ways", "context", "queries"}})
+    splits = imagenet.load_images(args) if script == "imagenet" else {"id": "mnist", "ood": "fmnist"}
+    for split, data in splits.items():
+        key, data = (data.key, data) if script == "imagenet" else (data, mnist.load_images(data, args))
+        sample = lambda B: module.sample_tasks(data, B, 4, args)
+        priors = imagenet.best_priors(sample, [1, 2, 4]) if script == "imagenet" else [10.0] * 3
+        (task,) = common.evaluation_tasks(sample, 4, stream=list(module.NAMES).index(key))
+        for k, prior in zip((1, 2, 4), priors):
+            x, y = torch.cat(list(task.context_x[:k]), 1), (torch.cat(list(task.context_y[:k]), 1) > 0).float()
+            w = mnist.logistic_regression(x, y, torch.zeros(4, args.dim + 1, y.shape[-1]), prior, 1000)
+            error = 100 * ((task.query_x @ w[:, :-1] + w[:, -1:]).argmax(-1) != task.query_y.argmax(-1)).float().mean().item()
+            rival = results["baselines"][split]["logistic regression"]
+            assert rival["mean"][rival["steps"].index(k)] == pytest.approx(error), (split, k)
 
 
 # ---------------------------------------------------------------- extraction
@@ -417,6 +464,22 @@ def test_ctrl_c_with_worker_processes_is_one_line_and_keeps_what_is_finished(sou
     assert [p.name for p in FOLDER.glob("*.npy")] == ["train-00000.npy"]
 
 
+def test_a_worker_that_is_killed_is_one_line(source):
+    """As by a system that runs out of memory."""
+    done = in_a_process(f"import os\nimagenet.Decoded.__getitem__ = lambda *_: os.kill(os.getpid(), 9)\nimagenet.main({[*FLAGS.split(), '--workers', '1']!r})")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "worker" in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_backbone_is_timed_on_no_more_images_than_there_are(source, monkeypatch):
+    forward, sizes = imagenet.forward, []
+    monkeypatch.setattr(imagenet, "forward", lambda model, pixels, args: (sizes.append(len(pixels)), forward(model, pixels, args))[1])
+    run_extraction("--batch 4")
+    assert max(sizes) == 4
+    shutil.rmtree(FOLDER)
+    run_extraction("--batch 64")  # of shards of five images
+    assert max(sizes) == 5
+
+
 def test_images_that_cannot_be_decoded_are_named_counted_and_skipped(source, capsys):
     damaged = ["train/class0/1.png", "train/class2/0.png", "val/class3/1.png"]
     truncate(f"images/{damaged[0]}")
@@ -506,6 +569,19 @@ def test_shards_of_another_extraction_are_not_counted_anew(source, capsys):
     refused(capsys, "12 images of train", "imagenet", "--data-dir data")
 
 
+@pytest.mark.parametrize("lost", ("backbone", "weights_sha256", "size", "count", "skipped"))
+def test_facts_that_were_edited(lost, source, capsys):
+    run_extraction()
+    path = FOLDER / "features.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in whole.items() if key != lost}))
+    if lost != "skipped":  # which training does not read
+        refused(capsys, "dinov2_vits14", "imagenet", "--data-dir data")
+    if lost in ("count", "skipped"):  # which are the extraction's to find
+        run_extraction()
+        assert json.loads(path.read_text()) == whole
+
+
 def test_features_of_other_weights_are_never_mixed(source, capsys):
     run_extraction()
     shutil.copy("hub/hubconf.py", "hub/before.py")
@@ -578,6 +654,21 @@ def test_cifar_through_torchvision(source, monkeypatch):
     _, preprocess, _ = imagenet.load_backbone(argparse.Namespace(backbone="dinov2_vits14", hub_dir="hub", weights=None, device="cpu"))
     pixels = preprocess(image).mean((1, 2))
     np.testing.assert_allclose(parts["test"][0][0][3][:3], pixels + 0.5, rtol=5e-3, atol=5e-3)
+
+
+def test_pictures_are_resized_and_cropped_as_dinov2_evaluates(source):
+    _, preprocess, _ = imagenet.load_backbone(argparse.Namespace(backbone="dinov2_vits14", hub_dir="hub", weights=None, device="cpu"))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8))
+    middle = np.asarray(picture.resize((341, 256), Image.BICUBIC))[16:240, 58:282] / 255
+    expected = (middle - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    np.testing.assert_allclose(preprocess(picture).permute(1, 2, 0), expected, atol=1e-5)
+
+
+def test_features_of_pictures_prepared_otherwise_are_never_mixed(source, capsys):
+    run_extraction()
+    facts = json.loads((FOLDER / "features.json").read_text())
+    (FOLDER / "features.json").write_text(json.dumps(facts | {"preprocessing": "none"}))
+    refused(capsys, "preprocessing", "imagenet", FLAGS, tiny=False)
 
 
 # ---------------------------------------------------------------- the real files

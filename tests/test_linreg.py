@@ -136,3 +136,13 @@ def test_printed_baselines_are_the_oracle_on_exactly_the_data_seen(finished):
     assert baselines["ridge, all seen"]["steps"] == [1, 2, 3, 4]
     assert set(baselines["ridge, first batch"]["mean"]) == {baselines["ridge, all seen"]["mean"][0]}
     assert baselines["nothing"]["mean"] == pytest.approx([3 * task.query_y.square().mean().item()] * 5, rel=1e-4)
+
+
+def test_products_of_posteriors_are_of_the_mini_batches_so_far(finished):
+    results = json.load(open(finished("linreg") / "results.json"))
+    args = argparse.Namespace(**results["args"], device="cpu")
+    (task,) = common.evaluation_tasks(lambda B: linreg.sample_tasks(B, 4, args), 4)
+    for k in range(1, 5):
+        answer = linreg.posterior_product(list(zip(task.context_x[:k], task.context_y[:k])), task.query_x, args.noise)[-1]
+        error = 3 * (answer - task.query_y).square().mean().item()
+        assert results["baselines"]["id"]["posteriors, one a batch"]["mean"][k - 1] == pytest.approx(error, rel=1e-4)

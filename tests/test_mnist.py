@@ -379,6 +379,13 @@ def test_without_the_other_dataset_the_run_ends_well_and_says_what_it_left_out(s
     assert "ood not run: FashionMNIST" in capsys.readouterr().out
 
 
+def test_no_drawn_training_image_is_a_test_image(few_glyphs):
+    for dataset in ("glyphs", "letters"):
+        images = mnist.load_images(dataset, settings())
+        train, test = ({row.numpy().tobytes() for row in images[part][0]} for part in ("train", "test"))
+        assert len(test) == 50 and not train & test
+
+
 # ---------------------------------------------------------------- the real files
 
 

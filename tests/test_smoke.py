@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
@@ -193,3 +194,28 @@ def test_a_small_model_learns():
     model, oracle = results["metrics"]["id"]["mean"], results["baselines"]["id"]["ridge, all seen"]["mean"]
     assert model[3] < 0.5 < model[0] and model[3] < model[1]
     assert 0.2 < oracle[2] < model[3], "held-out queries cannot be answered better than the oracle, and have noise"
+
+
+@pytest.mark.parametrize("flags", ("--regime parametric --mask causal", "--regime explicit", "--regime implicit --mask causal", "--regime implicit"))
+@pytest.mark.parametrize("script", ("linreg", "mnist", "imagenet"))
+def test_a_training_step_leaves_the_gradient_of_the_mean_of_its_k_losses(script, flags, monkeypatch):
+    """By one backward pass through all steps; regression's losses are logs of mean squared errors, one a prefix."""
+    drawn, seen, clip = [], [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(common, "share", lambda task: drawn.append((task, torch.get_rng_state())) or task)  # sizes are drawn after the tasks
+    monkeypatch.setattr(common, "place", lambda model, args, place=common.place: seen.append(place(model, args)) or seen[0])
+
+    def clipped(parameters, limit):
+        (model, *_), (task, state), found = seen, drawn[-1], [p.grad.clone() for p in seen[0].parameters()]
+        torch.set_rng_state(state)
+        if script == "linreg":
+            losses = [torch.stack([(q - task.query_y).square().mean().log() for q in p]).mean() for p in common.refine(model, task)]
+        else:
+            losses = [-(task.query_y * (p - p.logsumexp(-1, keepdim=True))).sum(-1).mean() for p in common.refine(model, task)]
+        for a, b in zip(found, torch.autograd.grad(sum(losses) / 2, list(model.parameters())), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        seen.append(limit)
+        return clip(model.parameters(), limit)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", clipped)
+    call(script, flags, "--dtype float32 --iters 2 --out run")
+    assert seen[1:] == [1.0, 1.0]
