@@ -861,6 +861,9 @@ def load_checkpoint(path, script):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if wrong := [key for key, kind in kinds.items() if not isinstance(checkpoint[key], kind)]:
             raise ValueError(f"{wrong[0]} is not what it should be")
+        args, rows = checkpoint["args"], checkpoint["pending"]
+        if checkpoint["iteration"] < 1 or not all(isinstance(flag, str) for flag in args) or any(len(row) != args["steps"] + 1 for row in rows):
+            raise ValueError("its numbers contradict each other")
     if script and checkpoint["script"] != script:
         fail(f"{path} is a checkpoint of {checkpoint['script']}.py, not of {script}.py")
     return checkpoint

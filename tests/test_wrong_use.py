@@ -171,6 +171,9 @@ CHECKPOINTS = {  # what is done to a good one
     "weights are a number": lambda path: checkpoint_with(path, model=3),
     "no train_seconds": lambda path: checkpoint_with(path, train_seconds=None),
     "iteration is text": lambda path: checkpoint_with(path, iteration="three"),
+    "iteration is negative": lambda path: checkpoint_with(path, iteration=-1),
+    "flags are numbers": lambda path: checkpoint_with(path, args={3: "three"}),
+    "rows of other steps": lambda path: checkpoint_with(path, pending=[torch.zeros(9)], iteration=1),
 }
 
 
