@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 # Two heads of 128 numbers: a head that is narrower than x cannot compare two x.
-PRESETS = {"paper": dict(dim=100, context=100, queries=100, tasks=128, width=256, depth=4, heads=2, hidden=512, iters=50_000, lr=3e-4)}
+PRESETS = {"paper": dict(dim=100, context=100, queries=100, tasks=32, width=256, depth=4, heads=2, hidden=512, iters=5000, lr=1e-3)}
 
 
 def get_args(argv=None):

@@ -370,7 +370,7 @@ def test_different_runs_have_different_folders_by_default():
     runs = ["", "--preset paper", "--preset paper --lr 3e-3", "--method paper", "--method paper --clock steps", "--lr 1e-3", "--seed 1"]
     get = lambda flags: linreg.get_args([*flags.split(), "--device", "cpu"])
     assert len({get(flags).out for flags in runs}) == len(runs)
-    assert get("--lr 3e-3").out == get("").out and get("--preset paper --lr 3e-4").out == get("--preset paper").out
+    assert get("--lr 3e-3").out == get("").out and get("--preset paper --lr 1e-3").out == get("--preset paper").out
 
 
 # ---------------------------------------------------------------- the same from a shell
