@@ -1,6 +1,6 @@
 """One change at a time, three seeds each, in short runs: python results/ablations.py [GROUP ...]
 
-Runs whatever out/ablations does not hold yet (more than three hours on one core; it may be stopped and started again), then
+Runs whatever out/ablations does not hold yet (more than four hours on one core; it may be stopped and started again), then
 writes ablations.json and ablations.png beside this script. Groups that are named are run alone, and take the place of those
 in ablations.json.
 
@@ -55,6 +55,7 @@ EDITS = {
     "unit-gradients": [("common.py", "torch.cat([self.gradients(r, phi) for", "torch.cat([F.normalize(self.gradients(r, phi), dim=-1) for")],
     "attention-only": [("common.py", "new = new + self.carry_over(x, wanted, query_x, visible)", "pass")],
     "carry-over-only": [("common.py", "new = new + self.carry_over(", "new = self.carry_over(")],
+    "new-images": [("mnist.py", "= common.share(sample_tasks(images,", '= common.share(sample_tasks({"train": images["train"], "test": images["train"]},')],
     "loud-bias": [("mnist.py", "F.pad(x, (0, 1), value=1.0) * x", "F.pad(x, (0, 1), value=x.shape[-1] ** 0.5) * x")],
 }  # fmt: skip
 
@@ -103,6 +104,7 @@ GROUPS = {
     "exercise 7: weights (parametric)": (LINREG, {"shared": "", "own for each step": "own-weights"}),
     "exercise 8: gradient tokens (parametric, signal grad)": (LINREG + " --signal grad", {"as they are": "", "unit length": "unit-gradients"}),
     "MNIST, exercise 10: bias (parametric)": (MNIST + " --regime parametric", {"one more feature": "", "√dim times that": "loud-bias"}),
+    "MNIST, exercise 14, the main job: queries in training (implicit)": ("mnist.py", {"test images": "", "training images": "new-images"}),
 }
 
 

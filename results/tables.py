@@ -67,9 +67,10 @@ def table(head, rows):
 
 
 def minutes(results):
-    """Of the processor, for all of the run; with a GPU those that training took, and its name."""
-    gpu = results["machine"].removeprefix("NVIDIA ").split()[0] if results["device"] != "cpu" else ""
-    return f"{results['train_seconds'] / 60:.1f} on an {gpu}" if gpu else f"{results['cpu_seconds'] / 60:.1f}"
+    """Of the processor, for all of the run; with a GPU those that training took, and its name, which is lost if evaluation was elsewhere."""
+    replayed = results.get("args", {}).get("launch") == "graph"  # which takes a GPU
+    gpu = "an " + results["machine"].removeprefix("NVIDIA ").split()[0] if results["device"] != "cpu" else "a GPU" * replayed
+    return f"{results['train_seconds'] / 60:.1f} on {gpu}" if gpu else f"{results['cpu_seconds'] / 60:.1f}"
 
 
 def command(results):
@@ -85,6 +86,8 @@ def command(results):
     if "-linear" in results.get("file", ""):
         before, text = text, re.sub("(?<=--eval out/)[^/]+", results["file"].removeprefix("scaling-"), text)  # its checkpoint knows
         text += " --decoder linear" * (text == before)
+    if " --eval " in text and args.get("launch") == "graph":  # trained on a GPU
+        text, edited = f"python {script} --preset {args['preset']} --launch graph", ", then --eval on a CPU"
     if not implicit and args["decoder"] == "span" and "--decoder" not in text:
         text += " --decoder span"
     if script == "linreg.py" and args.get("clock", "none") == "none" and not re.search("--(clock|method)", text):
@@ -122,8 +125,10 @@ def quick():
         *((script + regime, "id", 1, images) for script in ("mnist", "imagenet") for regime in ("", "-parametric", "-explicit")),
         *(("toposort", split, 2, ("random order",)) for split in ("rff_in_8", "lin_in_8")),
         *((script, "id", 2, flow) for script in ("mog_flow", "alphabets")),
-        *((f"paper-{data}-gpu", "id", 1, images) for data in ("mnist", "fmnist")),
+        ("paper-linreg-implicit-gpu", "id", 3, ("ridge, all seen",)),
+        *((f"paper-{data}-gpu", "id", 1, images) for data in ("mnist", "fmnist", "method-mnist")),
         *(("paper-toposort-gpu", split, 2, ("random order",)) for split in ("rff_in_20", "lin_in_20")),
+        *((f"paper-{script}-gpu", "id", 2, flow) for script in ("mog_flow", "alphabets")),
     ]
     rows = []
     for name, split, digits, rivals in jobs:
@@ -148,7 +153,9 @@ def linreg():
 
 def paper():
     """Tasks of the paper's dimensions and mini-batches, models of laptop size; beside them its own errors (tables 2 to 4, rows "data")."""
-    files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-linear")), *(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-long", "-linear", "-wide", "-gpu")), "paper-fmnist", "paper-fmnist-gpu"]
+    files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-gpu", "-implicit-linear"))]
+    files += [*(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-long", "-linear", "-wide", "-gpu")), "paper-method-mnist-gpu"]
+    files += ["paper-fmnist", "paper-fmnist-gpu", "paper-method-fmnist-gpu"]
     rows = []
     for r in map(read, files):
         for (split, m), theirs in zip(r["metrics"].items(), quoted(r)):
@@ -171,17 +178,22 @@ def signals():
         found = [read(file + end)["metrics"].values() if (HERE / f"{file}{end}.json").exists() else None for file in files]
         mine = [[ours(m, 1 + 2 * (i == 0)) for m in metrics] if metrics else [NOT_RUN] * (1 + (i > 0)) for i, metrics in enumerate(found)]
         rows += [[regime, signal, "here", *sum(mine, [])], ["", "", "paper", *theirs]]
-    large = [ours(m, 1) for file in ("paper-mnist-gpu", "paper-fmnist-gpu") for m in read(file)["metrics"].values()]
-    rows.insert(-1, ["", "", "here, preset paper", NOT_RUN, *large])
+    for label, kind in (("here, preset paper", ""), ("here, preset and method paper", "method-")):
+        large = [ours(m, 1) for data in ("mnist", "fmnist") for m in read(f"paper-{kind}{data}-gpu")["metrics"].values()]
+        regression = NOT_RUN if kind else ours(read("paper-linreg-implicit-gpu")["metrics"]["id"], 3)
+        rows.insert(-1, ["", "", label, regression, *large])
     return table(["regime", "signal", "", "linear regression", "MNIST", "→ FashionMNIST", "FashionMNIST", "→ MNIST"], rows)
 
 
 def method():
     """The paper's choices, all at once, beside this code's."""
+    pairs = {
+        "method-linreg-parametric": "linreg", "method-linreg-explicit": "linreg-explicit", "method-linreg-implicit": "linreg-implicit",
+        "method-mnist-parametric": "mnist-parametric", "method-mnist-parametric-slow": "mnist-parametric", "paper-method-mnist-parametric-gpu": "paper-mnist-parametric",
+        "method-mnist-explicit": "mnist-explicit", "method-mnist-implicit": "mnist", "paper-method-mnist-gpu": "paper-mnist-gpu", "paper-method-fmnist-gpu": "paper-fmnist-gpu",
+    }  # fmt: skip
     rows = []
-    pairs = {"linreg-parametric": "linreg", "mnist-parametric-slow": "mnist-parametric", "mnist-implicit": "mnist"}
-    for name in ("linreg-parametric", "linreg-explicit", "linreg-implicit", "mnist-parametric", "mnist-parametric-slow", "mnist-explicit", "mnist-implicit"):
-        theirs, ours = read(f"method-{name}"), read(pairs.get(name, name))
+    for theirs, ours in ((read(name), read(pair)) for name, pair in pairs.items()):
         m, digits = theirs["metrics"]["id"], 3 if theirs["script"] == "linreg" else 1
         beside = " / ".join(f"{value(ours['metrics']['id'], k):.{digits}f}" for k in (1, 5, 10))
         rows.append([command(theirs), theirs["seeds"], minutes(theirs), m["name"], *cells(m, (1, 5, 10), digits), beside])
@@ -301,7 +313,7 @@ def imagenet():
 def flow():
     """W2, and in brackets what it is above the floor of fresh samples; beside it the rows that a model has to beat."""
     both, rows = lambda row, k: f"{value(row, k):.2f} ({at(row, k, 2, 'excess')})", []
-    for r in map(read, ("mog_flow", "paper-mog_flow", "paper-mog_flow-5d", "alphabets")):
+    for r in map(read, ("mog_flow", "paper-mog_flow", "paper-mog_flow-gpu", "paper-mog_flow-5d", "alphabets", "paper-alphabets-gpu")):
         for split, m in r["metrics"].items():
             beside = r["baselines"][split]
             rows.append([
@@ -315,12 +327,13 @@ def flow():
 def generation():
     """Table 6 of the paper: W2 / W1, beside those of as many fresh points."""
     both = lambda row, k: f"{value(row, k):.2f} / {row['w1']['mean'][row['steps'].index(k)]:.2f}"
-    theirs = {  # after 1, 5 and 10
-        ("paper-mog_flow", "id"): ("1.12 / 0.58", "0.90 / 0.38", "0.81 / 0.32"), ("paper-mog_flow-5d", "id"): ("3.27 / 1.82", "2.50 / 1.05", "2.37 / 0.95"),
-        ("alphabets", "id"): ("0.28 / 0.20", "0.31 / 0.22", "0.29 / 0.21"), ("alphabets", "ood"): ("0.78 / 0.64", "0.72 / 0.58", "0.67 / 0.54"),
-    }  # fmt: skip
+    plane, space = ("1.12 / 0.58", "0.90 / 0.38", "0.81 / 0.32"), ("3.27 / 1.82", "2.50 / 1.05", "2.37 / 0.95")  # after 1, 5 and 10
+    letters, held_out = ("0.28 / 0.20", "0.31 / 0.22", "0.29 / 0.21"), ("0.78 / 0.64", "0.72 / 0.58", "0.67 / 0.54")
     rows = []
-    for (name, split), paper in theirs.items():
+    for name, split, paper in (
+        ("paper-mog_flow", "id", plane), ("paper-mog_flow-gpu", "id", plane), ("paper-mog_flow-5d", "id", space),
+        ("alphabets", "id", letters), ("paper-alphabets-gpu", "id", letters), ("alphabets", "ood", held_out), ("paper-alphabets-gpu", "ood", held_out),
+    ):  # fmt: skip
         r = read(name)
         m, floor = r["metrics"][split], r["baselines"][split]["fresh samples (floor)"]
         rows.append([m["data"], r["args"]["points"], *(both(m, k) for k in (1, 5, 10)), both(floor, 1), *paper])
