@@ -14,8 +14,8 @@ work grows with the mini-batches to come. The columns:
     sampling    the part of it that draws the tasks, measured alone
     tasks/s     tasks of a step / ms
     GFLOP/s     all matrix products of a step / ms: 2 m k n for each, attention as if it had no mask, and nothing else
-    % peak      GFLOP/s, of the best of all turns of a square product in the same dtype, 2,048 wide on a CPU, 8,192 on a GPU
-    % width     GFLOP/s, of the best of (observations of a refinement step, D) @ (D, 2 D), the MLP's shape, in the same dtype
+    % peak      GFLOP/s in % of the best of all turns of a square product in the same dtype, 2,048 wide on a CPU, 8,192 on a GPU
+    % width     GFLOP/s in % of the best of (observations of a refinement step, D) @ (D, 2 D), the MLP's shape, in the same dtype
     MB          peak of the tensors in a step: weights, gradients, AdamW's, tasks, activations; neither data set nor libraries
     x stock     ms with nn.TransformerEncoder (context and queries as one sequence, under one joint boolean mask) / ms, turn by turn;
                 the median: how many times faster this code is

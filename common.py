@@ -2,10 +2,10 @@
 
 Read in this order: `refine`, the greedy loop, and `mini_batches`, what it is fed; `Parametric`, `Explicit`, `Implicit`,
 the three regimes; `Transformer`.
-The second half (flags, files, evaluation, plots) is plumbing and knows nothing of the method.
+The second half (flags, files, evaluation, plots) is plumbing; of the method it has `make_optimizer`, `replayed` and `evaluate`.
 
 Shapes: B tasks, K steps (one mini-batch each), N observations in a mini-batch (the context), Q queries, D width,
-T prefixes of a mini-batch (its first 1, 2, ..., N observations in causal training; else one, all of it), H past states,
+T prefixes of a mini-batch solved in one pass (N for parametric and explicit models in causal training, else 1), H past states,
 P numbers in a state (implicit: of a query), X and Y numbers in an input and in a target, F basis functions; S tokens that
 attend or read, C numbers a head. Equations, sections and figures are the paper's.
 """
@@ -62,7 +62,7 @@ def refine(model, task):
     for step, (x, y) in enumerate(mini_batches(model, task)):
         states = model.update(past, x, y, task.query_x, step)  # (T, B, ...)
         yield model.predict(states, task.query_x)
-        past = [state.detach() for state in [*past[1:], states[-1]]]  # after the whole mini-batch (causal training, implicit: a prefix)
+        past = [state.detach() for state in [*past[1:], states[-1]]]  # after the whole mini-batch (implicit, in causal training: the prefix that a query drew)
 
 
 @torch.no_grad()
@@ -87,13 +87,13 @@ def mini_batches(model, task):
         wrong = residuals(model.loss, model.predict(pasts[step][-1][None], x)[0], y)
         y = torch.cat([y, wrong], -1)
         yield x, y
-        encoded = model.encode(x, y, step) if step < K - 1 else None
+        encoded = model.encode(x, y, step) if step < K - 1 else None  # as `update` did, but without gradients
         for later in range(step + 1, K):  # one at a time: memory does not grow with K
             pasts[later] = [*pasts[later][1:], model.read(pasts[later], encoded, batches[later][0], step)[-1]]
 
 
 def residuals(loss, predictions, y):
-    """Gradient of each observation's loss in its prediction: p - y for cross-entropy (times the size of y, where that is not 1), and twice that for squares.
+    """Gradient of each observation's loss in its prediction: 2 (prediction - y) for squares, sum(y) softmax(prediction) - y for cross-entropy.
 
     Predictions and y are (B, N, Y), and so is the result. It is an input of the model, as the gradients are: nothing flows
     back into it.
@@ -107,7 +107,7 @@ def draw_size(N, shape, device="cpu"):
     """Context sizes for training, one a step (or one a query): half of them uniform in 1 ... N, the other half N.
 
     In evaluation states come from whole mini-batches. A model that in training met only the poorer states of random
-    prefixes trusts them too little later on.
+    prefixes trusts its state too little later on.
     """
     uniform = torch.randint(1, N + 1, shape, device=device)
     return torch.where(torch.rand(shape, device=device) < 0.5, N, uniform)
@@ -130,7 +130,7 @@ def softmax_attention(q, k, v, visible=None, causal=False):
 
 
 def prefixes(scores):
-    """The causal mask of scores (..., S, N): token i sees tokens up to i."""
+    """The causal mask (S, N) of scores (B, heads, S, N): token i sees tokens up to i."""
     return torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
 
 
@@ -241,14 +241,14 @@ class Parametric(nn.Module):
     loss(prediction, y) -> (...), one number per observation, is the loss whose gradients the model sees.
     """
 
-    size = None  # of the mini-batches to come in training, where it is not drawn (`replayed`)
+    size = None  # of all mini-batches of a training step, where `replayed` sets it; else each draws its own
     shows_residuals = False  # not by way of `mini_batches`: with weights they are at hand
 
     def __init__(self, args, x_dim, y_dim, loss, basis):
         super().__init__()
         self.loss, self.basis, self.y_dim = loss, basis, y_dim
         self.history, self.causal = args.history, args.mask == "causal"
-        self.span, self.solve, self.direct = args.decoder != "linear", args.decoder == "solve", args.update == "direct"
+        self.span, self.solve, self.adds = args.decoder != "linear", args.decoder == "solve", args.update == "residual"  # solved changes are in the span, too
         D, P = args.width, basis(torch.zeros(x_dim)).shape[-1] * y_dim
         self.theta0 = nn.Parameter(torch.zeros(P))
         self.observation = nn.Linear(x_dim + y_dim, D) if args.signal in ("data", "both") else None
@@ -295,13 +295,13 @@ class Parametric(nn.Module):
             prefix = prefix.expand(N, N).tril()
         parts = prefix[..., None] * wanted[:, None, :, : self.y_dim]  # (B, T, N, Y)
         if self.solve:
-            kernel = (phi @ phi.mT)[:, None] * (prefix[..., None] * prefix[:, None])  # (B, T, N, N): the prefix; parts beyond it come out 0
+            kernel = (phi @ phi.mT)[:, None] * (prefix[..., None] * prefix[:, None])  # (B, T, N, N), cut to the prefix: beyond it parts are 0 and stay 0
             parts = Solve.apply(kernel + noise(wanted[:, None, :, -1]), parts)
         change = parts.mT.flatten(1, 2) @ phi  # (B, T Y, F): all prefixes in one product
         return change.unflatten(1, (len(prefix), -1)).flatten(2).transpose(0, 1)
 
     def update(self, past, x, y, query_x, step=0):
-        """h_phi of eq. 7: the last H states (B, P) and a mini-batch, after `step` others -> states after each prefix (T, B, P)."""
+        """h_phi of eq. 7: the last H states (B, P) and a mini-batch, after `step` others -> states after each prefix (T, B, P), whatever the queries."""
         with torch.no_grad():  # a trained basis learns from what is predicted, not from how it is updated
             phi = self.basis(x)
         wrong, tokens = [residuals(self.loss, self.apply_to(phi, state[None])[0], y) for state in past], 0
@@ -317,10 +317,10 @@ class Parametric(nn.Module):
             change = self.pull_back(phi, self.decoder(self.transformer(tokens, self.causal)))
         else:
             change = self.read_off(past, tokens)
-        return change if self.direct else past[-1] + change
+        return past[-1] + change if self.adds else change
 
     def read_off(self, past, tokens):
-        """The paper's decoder: states are tokens before those of the observations (B, N, D), and outputs are weights -> (T, B, P)."""
+        """The paper's decoder: states are tokens before those of the observations (B, N, D), and outputs a change of the weights, or new ones (--update direct) -> (T, B, P)."""
         B, H = len(tokens), self.history
         states = self.state(torch.stack(past, 1).view(B, H, self.slots, -1)) + self.age  # (B, H, slots, D)
         before = H * self.slots  # tokens before those of the observations
@@ -356,9 +356,8 @@ class Basis(nn.Module):
             nn.init.normal_(self.input.weight, std=(2 / x_dim) ** 0.5)
         else:  # other random matrices would mix every change with noise of its own size
             nn.init.orthogonal_(self.input.weight, gain=max(1, hidden / x_dim) ** 0.5)
-        for down in self.down:
-            nn.init.zeros_(down.weight)
-            nn.init.zeros_(down.bias)
+        for p in self.down.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x):
         h = self.input(x)
@@ -401,7 +400,7 @@ def noise(log_variance):
 
 
 def gaussian_kernel(a, b):
-    """exp(-|a - b|^2 / X) of all pairs, a (B, Q, X) and b (B, N, X) -> (B, Q, N): that of `Basis`, with all of its features."""
+    """exp(-|a - b|^2 / X) of all pairs, a (B, Q, X) and b (B, N, X) -> (B, Q, N): that of `Basis` ("fourier") in the limit of many features."""
     return ((2 * a @ b.mT - a.square().sum(-1)[..., None] - b.square().sum(-1)[..., None, :]) / a.shape[-1]).exp()
 
 
@@ -417,7 +416,7 @@ class Implicit(nn.Module):
     ridge regression carries the residuals over to the queries, and what these read corrects the result.
     """
 
-    size = None  # of the mini-batches to come in training, where it is not drawn (`replayed`)
+    size = None  # of all mini-batches of a training step, where `replayed` sets it; else each draws its own
 
     def __init__(self, args, x_dim, y_dim, loss=None, basis=None):
         super().__init__()
@@ -870,7 +869,7 @@ def load_checkpoint(path, script):
 
 
 def place(model, args):
-    """The model on its device and in its dtype, with the checkpoint's weights if there are any; prints these, and where the run writes to."""
+    """The model on its device and in its dtype, with the checkpoint's weights if there are any. Prints device, dtype and where the run writes to."""
     if args.checkpoint:
         with or_fail("the checkpoint's weights do not fit the model that its flags describe"):
             model.load_state_dict(args.checkpoint["model"])

@@ -44,8 +44,8 @@ def sample_tasks(B, K, args):
         return x, (x @ w + args.noise * torch.randn(B, n, 1, device=args.device)) * unit
 
     query_x, query_y = observe(args.queries)
-    contexts = [observe(args.context) for _ in range(K)]
-    return Task(torch.stack([x for x, _ in contexts]), torch.stack([y for _, y in contexts]), query_x, query_y)
+    context_x, context_y = zip(*(observe(args.context) for _ in range(K)))
+    return Task(torch.stack(context_x), torch.stack(context_y), query_x, query_y)
 
 
 def basis(x):
@@ -60,7 +60,7 @@ def loss(prediction, y):
 def objective(prediction, y):
     """The training loss of one step: the log of the mean squared error of each prefix, then their mean; predictions (T, B, Q, 1).
 
-    A first step that sees one observation errs sixty times as much as the last step, and a plain sum would mostly train
+    A first step that sees one observation errs more than fifty times as much as the last step, and a plain sum would mostly train
     the first. The log gives all the same say. It is maximum likelihood (sec. 8) under Gaussian noise whose variance is
     fitted for each prefix and step.
     """
@@ -81,7 +81,7 @@ def make_model(args):
 
 def train(model, args):
     """Greedy training (eqs. 9, 19-22): K losses, their gradients accumulated, one optimizer step."""
-    metric = make_metric(args)
+    squared_error = make_metric(args)
     optimizer = common.make_optimizer(model, args)
     journal = common.Journal(model, optimizer, args)
     model.train()
@@ -94,18 +94,18 @@ def train(model, args):
             step_loss = objective(prediction, task.query_y)
             (step_loss / args.steps).backward()  # at once: memory does not grow with K
             losses.append(step_loss.detach())
-        return losses, metric(prediction[-1].detach(), task.query_y).mean()
+        return losses, squared_error(prediction[-1].detach(), task.query_y).mean()
 
-    step = common.replayed(step, model, args)
+    step = common.replayed(step, model, args)  # itself, or with --launch graph a CUDA graph of it
     for iteration in journal:
         common.seed_all(common.TRAINING, args.seed, iteration)
         common.set_learning_rate(optimizer, iteration, args)
-        losses, error = step()
+        losses, metric = step()
         common.average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        journal.log(losses, error)
+        journal.log(losses, metric)
     return journal.iteration, journal.seconds
 
 
@@ -126,15 +126,15 @@ def posterior_product(batches, query_x, noise):
     the prior that they share. It knows how sure each batch was of w.x, and nothing of other directions.
     """
     dim, x_star = query_x.shape[-1], query_x.double()
-    prior = 1 / x_star.square().sum(-1)  # precisions (B, Q)
+    prior = 1 / x_star.square().sum(-1, keepdim=True)  # precisions (B, Q, 1)
     precision, weighted, answers = prior, 0.0, []
     for x, y in batches:
         x, y = x.double(), y.double() * dim**0.5
-        covariance = torch.linalg.inv(x.mT @ x / noise**2 + torch.eye(dim, device=x.device))  # of w (B, dim, dim)
-        own = 1 / ((x_star @ covariance) * x_star).sum(-1)
-        weighted = weighted + own * (x_star @ covariance @ x.mT @ y / noise**2)[..., 0]
+        across = x_star @ torch.linalg.inv(x.mT @ x / noise**2 + torch.eye(dim, device=x.device))  # covariance of w.x_star with w (B, Q, dim)
+        own = 1 / (across * x_star).sum(-1, keepdim=True)
+        weighted = weighted + own * (across @ x.mT @ y / noise**2)
         precision = precision + own - prior
-        answers.append((weighted / precision)[..., None].float() * dim**-0.5)
+        answers.append((weighted / precision).float() * dim**-0.5)
     return answers
 
 

@@ -167,14 +167,15 @@ def sample_tasks(images, B, K, args):
         return images_of[index] @ projection, y  # projected here: pixels take eight times the memory
 
     query_x, query_y = pick("test", args.queries)
-    contexts = [pick("train", args.context) for _ in range(K)]
-    return Task(torch.stack([x for x, _ in contexts]), torch.stack([y for _, y in contexts]), query_x, query_y)
+    context_x, context_y = zip(*(pick("train", args.context) for _ in range(K)))
+    return Task(torch.stack(context_x), torch.stack(context_y), query_x, query_y)
 
 
 def basis(x):
     """What the weights of the parametric regime are applied to, a linear softmax predictor: x (..., dim) -> x and a 1, at unit size.
 
-    With a 1 that is sqrt(dim) times as large, updates by sums over observations are about how often each label occurs and little else.
+    With a 1 that is not scaled down with x, updates that are sums over observations (--decoder span) would be about how often
+    each label occurs, and little else.
     """
     return F.pad(x, (0, 1), value=1.0) * x.shape[-1] ** -0.5
 
@@ -211,7 +212,7 @@ def train(model, images, args):
             losses.append(step_loss.detach())
         return losses, error(prediction[-1].detach(), task.query_y).mean()
 
-    step = common.replayed(step, model, args)
+    step = common.replayed(step, model, args)  # itself, or with --launch graph a CUDA graph of it
     for iteration in journal:
         common.seed_all(common.TRAINING, args.seed, iteration)
         common.set_learning_rate(optimizer, iteration, args)
@@ -255,10 +256,11 @@ def kernel_ridge(x, y, query_x, ridge=0.1):
     x (B, n, dim), y (B, n, C), query_x (B, Q, dim) -> how far its answers are from the prior mean 1 / C (B, Q, C), and
     their variance without noise (B, Q, 1).
     """
-    kernel = common.gaussian_kernel
+    kernel, C = common.gaussian_kernel, y.shape[-1]
     to_query = kernel(x, query_x)  # (B, n, Q)
-    solved = torch.linalg.solve(kernel(x, x) + ridge * torch.eye(x.shape[1], device=x.device), torch.cat([y - 1 / y.shape[-1], to_query], -1))
-    return to_query.mT @ solved[..., : y.shape[-1]], 1 - (to_query * solved[..., y.shape[-1] :]).sum(1)[..., None]
+    system = kernel(x, x) + ridge * torch.eye(x.shape[1], device=x.device)
+    weights, gains = torch.linalg.solve(system, torch.cat([y - 1 / C, to_query], -1)).tensor_split([C], -1)  # (B, n, C), (B, n, Q)
+    return to_query.mT @ weights, 1 - (to_query * gains).sum(1)[..., None]
 
 
 def evaluate(model, images, dataset, args):
@@ -273,8 +275,8 @@ def evaluate(model, images, dataset, args):
         for k in steps:
             x, y = common.seen(task, k)
             answer, variance = kernel_ridge(task.context_x[k - 1], task.context_y[k - 1], task.query_x)
-            # Of the posteriors given each mini-batch alone, up to a factor that all labels share: a reference for states of
-            # one answer a query.
+            # The mean of the product of the posteriors given each mini-batch alone, up to a factor that all labels share: a
+            # reference for states of one answer a query.
             product = product + answer / variance
             w = logistic_regression(x, y, w)
             rows["kernel ridge"].append(kernel_ridge(x, y, task.query_x)[0])

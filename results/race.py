@@ -5,8 +5,9 @@
 
 Adam (from a normal start and from zero), SGD and MAML (of second and of first order) take a step on each fresh mini-batch, as the
 model does. L-BFGS goes over the observations of the first K until it stands still. Seconds are those of 32 tasks solved at once,
-predictions included: the median of the chunks that the evaluation comes in. On 32 tasks that are not evaluated every rival gets
-the learning rate that comes first to within 1% of its lowest metric; there it ends. Flags that are not its own go to the script.
+predictions included: the median of the chunks that the evaluation comes in. Where a rival ends, and with which rate, is picked on 32
+tasks that are not evaluated: the first step at which any rate is within 1% of the lowest metric of all, and the best rate there.
+Flags that are not its own go to the script.
 """
 
 import argparse

@@ -74,7 +74,8 @@ def minutes(results):
 
 
 def command(results):
-    """As it would be given today: regression had no clock, others moved in the span, implicit models of images saw their whole state and began with random keys.
+    """The command that gives these results with today's defaults. Older files have others: no clock in regression, --decoder
+    span, and for implicit models of images --state-scale 1 --init random.
 
     Files "...-linear" are of implicit models from before these had another decoder.
     """
@@ -142,7 +143,7 @@ def quick():
 
 
 def linreg():
-    """Squared error, its multiple of the oracle, and the paper at 5 steps (tables 2, 3 and 4)."""
+    """Squared error, its multiple of the oracle after 5, and the paper's after 1, 5 and 10 (tables 2, 3 and 4)."""
     files = ["linreg", "linreg-explicit", "linreg-implicit", "linreg-implicit-linear", "linreg-span", "linreg-noclock", "linreg-explicit-noclock", "linreg-implicit-linear-noclock"]
     rivals = read("linreg")["baselines"]["id"]
     numbers = lambda m: [*cells(m, (1, 5, 10), 3), f"{value(m, 5) / value(rivals['ridge, all seen'], 5):.2f}"]
@@ -152,7 +153,7 @@ def linreg():
 
 
 def paper():
-    """Tasks of the paper's dimensions and mini-batches, models of laptop size; beside them its own errors (tables 2 to 4, rows "data")."""
+    """Tasks of the paper's dimensions and mini-batches, models of laptop size and (-gpu) of the paper preset; beside them its own errors (tables 2 to 4, rows "data")."""
     files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-gpu", "-implicit-linear"))]
     files += [*(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-long", "-linear", "-wide", "-gpu")), "paper-method-mnist-gpu"]
     files += ["paper-fmnist", "paper-fmnist-gpu", "paper-method-fmnist-gpu"]
