@@ -108,6 +108,7 @@ GROUPS = {
     "MNIST, exercise 14, the main job: queries in training (implicit)": ("mnist.py", {"test images": "", "training images": "new-images"}),
     "MNIST, exercise 15, the main job: images (implicit)": ("mnist.py", {"centred": "", "as they are": "raw-images"}),
     "MNIST, exercise 15: images (implicit, decoder linear)": (MNIST + PLAIN, {"centred": "", "as they are": "raw-images"}),
+    "MNIST, exercise 15: images (parametric)": (MNIST + " --regime parametric", {"centred": "", "as they are": "raw-images"}),
 }
 
 
