@@ -208,8 +208,9 @@ STEPS = ["--regime parametric --mask causal", "--regime explicit", "--regime imp
 
 @pytest.mark.parametrize("script,variant", [(script, variant) for script in LOSSES for variant in STEPS if accepts(script, variant) and (script != "mog_flow" or "implicit" in variant)])
 def test_a_training_step_leaves_the_gradient_of_the_mean_of_its_k_losses(script, variant, monkeypatch):
-    """By one backward pass through all steps."""
-    drawn, seen, clip = [], [], nn.utils.clip_grad_norm_
+    """By one backward pass through all steps. Weights and tasks are drawn by --seed and iteration, and the rate ends at zero."""
+    drawn, seen, keys, clip = [], [], [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(common, "seed_all", lambda *key, seed_all=common.seed_all: keys.append(key) or seed_all(*key))
     monkeypatch.setattr(common, "share", lambda task: drawn.append((task, torch.get_rng_state())) or task)  # sizes are drawn after the tasks
     monkeypatch.setattr(common, "place", lambda model, args, place=common.place: seen.append(place(model, args)) or seen[0])
 
@@ -223,5 +224,7 @@ def test_a_training_step_leaves_the_gradient_of_the_mean_of_its_k_losses(script,
         return clip(model.parameters(), limit)
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", clipped)
-    run_tiny(script, f"{variant} --dtype float32 --steps 2 --iters 2 --out run")
-    assert seen[1:] == [1.0, 1.0]
+    run_tiny(script, f"{variant} --dtype float32 --steps 2 --iters 2 --seed 7 --out run")
+    assert seen[1:] == [1.0, 1.0] and json.load(open("run/log.jsonl"))["lr"] == pytest.approx(0, abs=1e-12)
+    assert keys[:3] == [(common.WEIGHTS, 7), (common.TRAINING, 7, 0), (common.TRAINING, 7, 1)]
+    assert not torch.equal(drawn[0][0].context_x, drawn[1][0].context_x)
