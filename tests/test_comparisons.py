@@ -115,7 +115,7 @@ CURVES = {"adam": 2, "sgd": 1, "lbfgs": 1, "maml": 2}  # of each rival
 
 @pytest.mark.parametrize("names", ("adam,sgd,lbfgs,maml", "sgd,lbfgs", "maml"))
 @pytest.mark.parametrize("script", ("linreg", "mnist"))
-def test_a_race_on_the_tasks_of_the_evaluation(script, names, finished, monkeypatch, capsys):
+def test_a_race_on_the_tasks_of_the_evaluation(script, names, finished, monkeypatch, capsys, pictures):
     monkeypatch.setattr(race, "MARKS", [1, 2, 7])
     monkeypatch.setattr(race, "RATES", [0.1, 1.0, 1e30])
     race.main([str(finished(script) / "checkpoint.pt"), "--eval-steps", "4", "--baseline", names, "--baseline-seconds", "0.05", "--out", "new/race.json"])
@@ -167,7 +167,7 @@ def test_rivals_are_tuned_on_other_tasks_and_see_what_the_file_says(finished, mo
 
 
 @pytest.mark.parametrize("script", ("linreg", "mnist"))
-def test_cost_of_steps_beside_one_on_all(script, finished, monkeypatch, capsys):
+def test_cost_of_steps_beside_one_on_all(script, finished, monkeypatch, capsys, pictures):
     monkeypatch.setattr(cost, "KS", (1, 2, 4))
     solve, classes = cost.solve, set()
     monkeypatch.setattr(cost, "solve", lambda *args: (classes.add(args[-1]), solve(*args))[1])

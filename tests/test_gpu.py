@@ -14,8 +14,7 @@ import linreg
 import mog_flow
 from conftest import SCRIPTS, accepts, call
 from test_common import K, SIGNALS, close, make, task  # noqa: F401 (task is a fixture)
-from test_flow import TINY as TINY_FLOW
-from test_smoke import CAPTURED, check_run, run_tiny
+from test_smoke import CAPTURED, check_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -80,7 +79,7 @@ def test_a_replayed_run_is_the_eager_one(script, variant, monkeypatch):
     for launch in ("graph", "eager"):
         if launch == "eager":
             monkeypatch.setattr(common, "replayed", lambda step, model, args: lambda: (setattr(model, "size", args.context if model.causal else common.rounded_size(args.context)), step())[1])
-        run_tiny(script, f"{variant} --iters 12 --context 20 --dtype float32 --device cuda --launch {launch} --out {launch}")
+        call(script, f"{variant} --iters 12 --context 20 --dtype float32 --device cuda --launch {launch} --out {launch}")
         weights = torch.load(f"{launch}/checkpoint.pt", weights_only=True)["model"]
         runs.append([torch.tensor(json.loads(row)["loss"]) for row in open(f"{launch}/log.jsonl")] + list(weights.values()))
     close(runs[0], runs[1], 1e-3)
@@ -95,7 +94,7 @@ def test_what_cannot_be_captured_is_refused_in_one_line(monkeypatch, capsys):
 
 @pytest.mark.parametrize("script", (mog_flow, alphabets), ids=("mog_flow", "alphabets"))
 def test_flows_end_on_a_gpu(script):
-    script.main([*TINY_FLOW, *"--device cuda --out here".split()])
+    call(script, "--device cuda --out here")
     results = json.load(open("here/results.json"))
     assert results["device"] == "cuda" and all(math.isfinite(mean) for metric in results["metrics"].values() for mean in metric["mean"])
 

@@ -3,11 +3,11 @@
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import zlib
 from math import erf
@@ -22,7 +22,7 @@ from PIL import Image
 import common
 import imagenet
 import mnist
-from conftest import REAL_DATA, ROOT, call, write_features
+from conftest import REAL_DATA, call, write_features
 from imagenet import Features, Split
 from test_wrong_use import files, refused, truncate, write
 
@@ -412,40 +412,49 @@ def test_a_run_on_extracted_features_names_them(source, capsys):
     call("imagenet", "--features torchvision:resnet50 --data-dir data --out other")
 
 
-def in_a_process(code):
-    start = f"import sys; sys.path.insert(0, {ROOT!r}); import imagenet, os; imagenet.SHARD = 5; "
-    return subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, start_new_session=True)
+def in_a_process(change, *more):
+    """An extraction in a fork that leads a session of its own, after change() -> its exit code, and what it said on stderr."""
+
+    def main():
+        os.setsid()
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open("stderr", "w", 1)
+        change()
+        imagenet.main([*FLAGS.split(), *more])
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    process.join(120)
+    return process.exitcode, Path("stderr").read_text()
 
 
-# Code that ends its process with signal {0} once the first shard is written: in a forward pass, or in the middle of a file.
-MOMENTS = {
-    "between two shards": """
-images, forward = 0, imagenet.forward
-def dies(model, x, args):
-    global images
-    images += len(x)
-    if images > 8:
-        os.killpg(0, {0})
-    return forward(model, x, args)
-imagenet.forward = dies
-""",
-    "within a shard's file": """
-whole = imagenet.np.save
-def dies(f, rows):
-    whole(f, rows)
-    if "-00001" in f.name:
-        f.truncate(f.tell() // 2)
-        os.killpg(0, {0})
-imagenet.np.save = dies
-""",
-}
+def between_two_shards(number):
+    forward, images = imagenet.forward, []
+
+    def dies(model, x, args):
+        images.extend(x)
+        if len(images) > 8:
+            os.killpg(0, number)
+        return forward(model, x, args)
+
+    imagenet.forward = dies
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+def within_the_file_of_a_shard(number):
+    whole = np.save
+
+    def dies(f, rows):
+        whole(f, rows)
+        if "-00001" in f.name:
+            f.truncate(f.tell() // 2)
+            os.killpg(0, number)
+
+    imagenet.np.save = dies
+
+
+@pytest.mark.parametrize("moment", (between_two_shards, within_the_file_of_a_shard))
 def test_killed_and_resumed_it_does_no_finished_shard_again_and_ends_the_same(moment, source, monkeypatch, capsys):
     run_extraction("--data-dir straight")
-    done = in_a_process(f"{MOMENTS[moment].format(9)}\nimagenet.main({FLAGS.split()!r})")
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert in_a_process(lambda: moment(signal.SIGKILL))[0] == -signal.SIGKILL
     assert [p.name for p in FOLDER.glob("*.npy")] == ["train-00000.npy"]
     refused(capsys, "did not finish", "imagenet", "--data-dir data")
     first, seen, decode = (FOLDER / "train-00000.npy").stat(), [], imagenet.Decoded.__getitem__
@@ -458,16 +467,15 @@ def test_killed_and_resumed_it_does_no_finished_shard_again_and_ends_the_same(mo
 
 
 def test_ctrl_c_with_worker_processes_is_one_line_and_keeps_what_is_finished(source):
-    done = in_a_process(f"{MOMENTS['between two shards'].format(2)}\nimagenet.main({[*FLAGS.split(), '--workers', '1']!r})")
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 130 and last.startswith("error: interrupted") and "Traceback" not in done.stderr, done.stderr
+    code, err = in_a_process(lambda: between_two_shards(signal.SIGINT), "--workers=1")
+    assert code == 130 and err.splitlines()[-1].startswith("error: interrupted") and "Traceback" not in err, err
     assert [p.name for p in FOLDER.glob("*.npy")] == ["train-00000.npy"]
 
 
 def test_a_worker_that_is_killed_is_one_line(source):
     """As by a system that runs out of memory."""
-    done = in_a_process(f"import os\nimagenet.Decoded.__getitem__ = lambda *_: os.kill(os.getpid(), 9)\nimagenet.main({[*FLAGS.split(), '--workers', '1']!r})")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "worker" in done.stderr.splitlines()[-1], done.stderr
+    code, err = in_a_process(lambda: setattr(imagenet.Decoded, "__getitem__", lambda *_: os.kill(os.getpid(), 9)), "--workers=1")
+    assert code == 2 and "Traceback" not in err and "worker" in err.splitlines()[-1], err
 
 
 def test_a_backbone_is_timed_on_no_more_images_than_there_are(source, monkeypatch):
@@ -499,9 +507,10 @@ def test_images_that_cannot_be_decoded_are_named_counted_and_skipped(source, cap
 @pytest.mark.parametrize("workers", (0, 1))
 def test_images_that_cannot_be_reached_are_no_damaged_images(workers, source, capsys):
     """A disk that goes away in the middle ends the extraction, which goes on when it is back."""
-    gone = "imagenet.common.replace_file = lambda path, write, f=imagenet.common.replace_file: (f(path, write), os.path.exists('images/val') and 'train-' in path and os.rename('images/val', 'gone'))"
-    done = in_a_process(f"{gone}\nimagenet.main({[*FLAGS.split(), '--workers', str(workers)]!r})")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "No such file" in done.stderr.splitlines()[-1], done.stderr
+    replace = common.replace_file
+    gone = lambda path, write: (replace(path, write), os.path.exists("images/val") and "train-" in path and os.rename("images/val", "gone"))
+    code, err = in_a_process(lambda: setattr(common, "replace_file", gone), f"--workers={workers}")
+    assert code == 2 and "Traceback" not in err and "No such file" in err.splitlines()[-1], err
     os.rename("gone", "images/val")
     run_extraction()
     assert "0 skipped" in capsys.readouterr().out
@@ -560,12 +569,7 @@ def test_shards_of_another_extraction_are_told_by_their_number_of_images(source,
     run_extraction()
     shutil.copy(FOLDER / "test-00001.npy", FOLDER / "train-00001.npy")
     refused(capsys, "12 images of train", "imagenet", "--data-dir data")
-
-
-def test_shards_of_another_extraction_are_not_counted_anew(source, capsys):
-    run_extraction()
-    shutil.copy(FOLDER / "test-00001.npy", FOLDER / "train-00001.npy")
-    run_extraction()
+    run_extraction()  # which does not count them anew
     refused(capsys, "12 images of train", "imagenet", "--data-dir data")
 
 

@@ -8,11 +8,13 @@ import shlex
 import textwrap
 
 import pytest
+import torch
 
 import common
 
 from conftest import ROOT, SCRIPTS
 
+import ablations
 import tables
 
 README, RESULTS_PAGE = (page.read_text() for page in tables.PAGES)
@@ -30,17 +32,17 @@ def test_no_two_results_are_shown_with_the_same_command():
     assert len(set(commands)) == len(commands)
 
 
-@pytest.mark.parametrize("name", RESULTS)
-def test_a_result_names_the_command_the_data_and_the_machine_it_is_from(name):
-    results = json.load(open(os.path.join(ROOT, "results", name)))
-    script = shlex.split(results["command"])[1]
-    assert script == results["script"] + ".py" and os.path.exists(os.path.join(ROOT, script))
-    assert all(results[key] for key in ("data", "machine", "torch", "iterations", "train_seconds")) and results["seed"] >= 0
+def test_results_name_the_command_the_data_and_the_machine_they_are_from():
+    for name in RESULTS:
+        results = json.load(open(os.path.join(ROOT, "results", name)))
+        script = shlex.split(results["command"])[1]
+        assert script == results["script"] + ".py" and os.path.exists(os.path.join(ROOT, script)), name
+        assert all(results[key] for key in ("data", "machine", "torch", "iterations", "train_seconds")) and results["seed"] >= 0, name
 
 
 @pytest.mark.parametrize("script,flags", COMMANDS, ids=["".join(c) for c in COMMANDS])
 def test_commands_are_understood(script, flags, monkeypatch):
-    if script in ("bench", "tables") or "--extract" in flags or re.search(r"(DIR|FILE|--help)\b", flags):
+    if script == "tables" or "--extract" in flags or re.search(r"(DIR|FILE|--help)\b", flags):
         pytest.skip("no training run")
     flags = re.sub(r"--eval \S+", "", flags)  # of a checkpoint that a test does not have
     if "graph" in flags:
@@ -73,13 +75,27 @@ def test_the_shapes_of_the_walk_through_are_those_of_the_defaults(monkeypatch):
     task = mnist.sample_tasks(mnist.load(args), args.tasks, args.steps, args)
     model = mnist.make_model(args).train()
     shapes = {f"`{name}` {tuple(part.shape)}" for name, part in task._asdict().items()}
+    model.size = 40
+    (x, y), *_ = common.mini_batches(model, task)
+    seen = torch.cat([x, y], -1)
+    shapes |= {str(tuple(part.shape)) for part in (y, seen, model.observation(seen), model.encode(x, y)[2])}
     shapes |= {f"state ({', '.join(map(str, model.initial_state(task.query_x).shape))})".removeprefix("state "), f"prediction {tuple(next(common.refine(model, task)).shape)}"}
     walk = README[README.index("### One training step") : README.index("## Quick start")]
     for shape in shapes:
         assert shape in walk, shape
 
 
-def test_linked_files_exist():
+def test_linked_files_and_sections_exist():
     for page in tables.PAGES:
-        for path in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
-            assert (page.parent / path).exists(), path
+        for path, section in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+            target = page.parent / path if path else page
+            assert target.exists(), path
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M) if section else []
+            assert not section or section in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], section
+
+
+def test_commands_of_all_ablations_are_understood():
+    for base, variants in ablations.GROUPS.values():
+        script, *flags = base.split()
+        for change in variants.values():
+            importlib.import_module(script.removesuffix(".py")).get_args([*flags, *(change.split() if change not in ablations.EDITS else []), "--device", "cpu"])
