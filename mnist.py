@@ -39,6 +39,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("the data").add_argument
     add("--dataset", choices=("auto", "mnist", "fmnist", "glyphs"), default="auto", help="auto: mnist, or drawn digits where it cannot be had")
     add("--data-dir", type=common.path, default=os.environ.get("IAI_DATA") or "data", help="where torchvision's MNIST/ and FashionMNIST/ lie or go (default: $IAI_DATA or data/)")
+    add("--images", choices=("centred", "raw"), default="centred", help="minus the mean training image, or as they are, which is better for implicit models and worse for parametric ones")
     add("--dim", type=common.count, default=100, help="dimension of the random projection")
     parser.set_defaults(regime="implicit", steps=5, context=64, queries=64, tasks=8, iters=3000, lr=3e-3)
     parser.set_defaults(width=128, heads=1, state_scale=0.1, init="rotation", basis="fourier", hidden=1024)
@@ -117,8 +118,8 @@ def draw_glyphs(characters, size, seed):
 def load_images(dataset, args):
     """-> {"train": (images (n, 784), labels (n,)), "test": ...} on the device, or None where the data cannot be had.
 
-    Images are centred on the mean training image and divided by one number, such that a projection by a unit normal
-    matrix has unit variance: the paper's A, with inputs of order one.
+    Images are centred on the mean training image (unless --images raw) and divided by one number, such that a projection
+    by a unit normal matrix has unit variance: the paper's A, with inputs of order one.
     """
     if dataset in ("mnist", "fmnist"):
         arrays = load_mnist(dataset, args.data_dir)
@@ -131,7 +132,12 @@ def load_images(dataset, args):
     train, test = images.flatten(1).float(), test_images.flatten(1).float()
     mean = train.mean(0)
     scale = (train - mean).square().sum(1).mean().sqrt()
-    return {"train": ((train - mean) / scale, labels.long()), "test": ((test - mean) / scale, test_labels.long())}
+    centre = mean if args.images == "centred" else 0
+    return {"train": ((train - centre) / scale, labels.long()), "test": ((test - centre) / scale, test_labels.long())}
+
+
+def full_name(dataset, args):
+    return NAMES[dataset] + ", not centred" * (args.images == "raw")
 
 
 def load(args):
@@ -147,7 +153,7 @@ def load(args):
             args.out += "-glyphs"
             common.check_out(args)
         images = load_images(dataset, args)
-    print(f"data {NAMES[dataset]}: {len(images['train'][1])} training images, {len(images['test'][1])} test images")
+    print(f"data {full_name(dataset, args)}: {len(images['train'][1])} training images, {len(images['test'][1])} test images")
     args.dataset = args.description["args"]["dataset"] = dataset  # what --resume and --eval will ask for, without a fallback
     return images
 
@@ -286,7 +292,7 @@ def evaluate(model, images, dataset, args):
             rows["majority label"].append(y.mean(1, keepdim=True).expand_as(task.query_y))
         for name, answers in rows.items():
             rivals[name].append(torch.stack([error(a, task.query_y).mean(1) for a in answers], 1))
-    return common.summary(ours, name="error %", data=NAMES[dataset]), {k: common.summary(v, steps) for k, v in rivals.items()}
+    return common.summary(ours, name="error %", data=full_name(dataset, args)), {k: common.summary(v, steps) for k, v in rivals.items()}
 
 
 # ---------------------------------------------------------------- main
@@ -311,7 +317,7 @@ def main(argv=None):
         print(f"ood not run: {NAMES[OTHER[args.dataset]]} is not in {args.data_dir} and cannot be downloaded")
     else:
         metrics["ood"], baselines["ood"] = evaluate(model, other, OTHER[args.dataset], args)
-    common.write_results(args, model, NAMES[args.dataset], iterations, seconds, metrics, baselines)
+    common.write_results(args, model, full_name(args.dataset, args), iterations, seconds, metrics, baselines)
     plot(args.out)
 
 

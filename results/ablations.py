@@ -56,7 +56,6 @@ EDITS = {
     "attention-only": [("common.py", "new = new + self.carry_over(x, wanted, query_x, visible)", "pass")],
     "carry-over-only": [("common.py", "new = new + self.carry_over(", "new = self.carry_over(")],
     "new-images": [("mnist.py", "= common.share(sample_tasks(images,", '= common.share(sample_tasks({"train": images["train"], "test": images["train"]},')],
-    "raw-images": [("mnist.py", '"train": ((train - mean) / scale,', '"train": (train / scale,'), ("mnist.py", '"test": ((test - mean) / scale,', '"test": (test / scale,')],
     "loud-bias": [("mnist.py", "F.pad(x, (0, 1), value=1.0) * x", "F.pad(x, (0, 1), value=x.shape[-1] ** 0.5) * x")],
 }  # fmt: skip
 
@@ -106,9 +105,9 @@ GROUPS = {
     "exercise 8: gradient tokens (parametric, signal grad)": (LINREG + " --signal grad", {"as they are": "", "unit length": "unit-gradients"}),
     "MNIST, exercise 10: bias (parametric)": (MNIST + " --regime parametric", {"one more feature": "", "√dim times that": "loud-bias"}),
     "MNIST, exercise 14, the main job: queries in training (implicit)": ("mnist.py", {"test images": "", "training images": "new-images"}),
-    "MNIST, exercise 15, the main job: images (implicit)": ("mnist.py", {"centred": "", "as they are": "raw-images"}),
-    "MNIST, exercise 15: images (implicit, decoder linear)": (MNIST + PLAIN, {"centred": "", "as they are": "raw-images"}),
-    "MNIST, exercise 15: images (parametric)": (MNIST + " --regime parametric", {"centred": "", "as they are": "raw-images"}),
+    "MNIST, exercise 15, the main job: images (implicit)": ("mnist.py", {"centred": "", "as they are": "--images raw"}),
+    "MNIST, exercise 15: images (implicit, decoder linear)": (MNIST + PLAIN, {"centred": "", "as they are": "--images raw"}),
+    "MNIST, exercise 15: images (parametric)": (MNIST + " --regime parametric", {"centred": "", "as they are": "--images raw"}),
 }
 
 

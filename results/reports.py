@@ -117,7 +117,7 @@ def load(script, args):
         if script == "mog_flow":
             return s.data_name(args), s.make_model(args), s.train, lambda B, K: s.sample_tasks(s.sample_densities(B, args), K, args)
         data = s.load(args) if script == "mnist" else s.load(args)["id"]
-        name, model = (s.NAMES[args.dataset], s.make_model(args)) if script == "mnist" else (data.name, s.make_model(data, args))
+        name, model = (s.full_name(args.dataset, args), s.make_model(args)) if script == "mnist" else (data.name, s.make_model(data, args))
     return name, model, lambda model, args: s.train(model, data, args), lambda B, K: s.sample_tasks(data, B, K, args)
 
 

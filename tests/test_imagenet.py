@@ -318,7 +318,7 @@ def test_synthetic_strangers_are_other_classes():
 def test_logistic_regression_is_given_all_data_seen(script, finished):
     """From zero, a thousand iterations."""
     results, module = json.load(open(finished(script) / "results.json")), importlib.import_module(script)
-    args = settings(**{key: results["args"][key] for key in results["args"].keys() & {"dim", "ways", "context", "queries"}})
+    args = settings(**{key: results["args"][key] for key in results["args"].keys() & {"dim", "ways", "context", "queries", "images"}})
     splits = imagenet.load_images(args) if script == "imagenet" else {"id": "mnist", "ood": "fmnist"}
     for split, data in splits.items():
         key, data = (data.key, data) if script == "imagenet" else (data, mnist.load_images(data, args))

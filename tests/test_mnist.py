@@ -22,7 +22,7 @@ from test_wrong_use import files, refused, truncate
 
 
 def settings(**changes):
-    args = argparse.Namespace(dim=5, context=20, queries=20, steps=2, eval_tasks=40, device="cpu", data_dir=os.environ["IAI_DATA"])
+    args = argparse.Namespace(dim=5, context=20, queries=20, steps=2, eval_tasks=40, images="centred", device="cpu", data_dir=os.environ["IAI_DATA"])
     vars(args).update(changes)
     return args
 
@@ -96,15 +96,23 @@ def test_projections_are_unit_normal_and_fresh_for_every_task():
     assert len(rows.unique(dim=0)) == 2000
 
 
-def test_scaled_images_project_to_unit_variance_with_one_scale_and_the_training_mean(small_data):
-    images = mnist.load_images("mnist", settings())
+@pytest.mark.parametrize("centred", (True, False))
+def test_scaled_images_project_to_unit_variance_with_one_scale_and_the_training_mean(centred, small_data):
+    images = mnist.load_images("mnist", settings(images="centred" if centred else "raw"))
     raw = {part: torch.tensor(np.stack(datasets_read(small_data, part == "test")[0])).flatten(1).double() for part in ("train", "test")}
     mean = raw["train"].mean(0)
     scale = ((raw["train"] - mean) ** 2).sum(1).mean() ** 0.5
     for part in ("train", "test"):
-        torch.testing.assert_close(images[part][0], ((raw[part] - mean) / scale).float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(images[part][0], ((raw[part] - centred * mean) / scale).float(), rtol=1e-4, atol=1e-6)
     task = mnist.sample_tasks(images, 300, 2, settings(context=50))
-    assert task.context_x.var().item() == pytest.approx(1, rel=0.05)
+    assert (task.context_x - (not centred) * task.context_x.mean(2, keepdim=True)).var().item() == pytest.approx(1, rel=0.05)
+
+
+def test_images_that_are_not_centred_are_named_so(small_data, capsys):
+    call("mnist", "--images raw --out run")
+    results = json.load(open("run/results.json"))
+    assert [results["data"], *(m["data"] for m in results["metrics"].values())] == [f"{name}, not centred" for name in ("MNIST", "MNIST", "FashionMNIST")]
+    assert "data MNIST, not centred:" in capsys.readouterr().out
 
 
 def test_the_first_mini_batches_and_the_queries_of_the_evaluation_do_not_depend_on_k_or_seed():
