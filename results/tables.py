@@ -79,7 +79,7 @@ def command(results):
 
     Files "...-linear" are of implicit models from before these had another decoder.
     """
-    text, edited, _ = re.sub(" --(data-dir|out|repeats) [^ ]+| --overwrite", "", results["command"]).partition(", edited")
+    text, edited, _ = re.sub(" --(data-dir|out|repeats) [^ ]+| --overwrite| --seed 0", "", results["command"]).partition(", edited")
     args, script = results.get("args", {}), text.split()[1]
     implicit = args.get("regime", "implicit") == "implicit"
     if implicit and script in ("mnist.py", "imagenet.py"):
@@ -155,7 +155,7 @@ def linreg():
 def paper():
     """Tasks of the paper's dimensions and mini-batches, models of laptop size and (-gpu) of the paper preset; beside them its own errors (tables 2 to 4, rows "data")."""
     files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-gpu", "-implicit-linear"))]
-    files += [*(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-long", "-linear", "-wide", "-gpu")), "paper-method-mnist-gpu"]
+    files += [*(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-raw", "-long", "-linear", "-wide", "-gpu")), "paper-method-mnist-gpu"]
     files += ["paper-fmnist", "paper-fmnist-long", "paper-fmnist-gpu", "paper-method-fmnist-gpu"]
     rows = []
     for r in map(read, files):
