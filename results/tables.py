@@ -298,7 +298,7 @@ def errors(files):
 
 
 def mnist():
-    return errors(("mnist", "mnist-linear", "mnist-linear-random", "mnist-parametric", "mnist-span", "mnist-explicit"))
+    return errors(("mnist", "mnist-raw", "mnist-linear", "mnist-linear-random", "mnist-parametric", "mnist-span", "mnist-explicit"))
 
 
 def fmnist():
