@@ -196,7 +196,7 @@ def record_parts(steps, model, device):
     kinds = {nn.Linear: "linear layers", nn.LayerNorm: "norms", nn.GELU: "GELU"}
     places = [(kinds[type(module)], module, "forward") for module in model.modules() if type(module) in kinds]
     places += [("attention", block, "attend") for block in model.transformer.blocks]
-    places += [("the regime", model, name) for name in ("predict", "apply_to", "gradients", "pull_back", "carry_over") if hasattr(model, name)]
+    places += [("the regime", model, name) for name in ("predict", "apply_to", "gradients", "pull_back", "dual", "carry_over") if hasattr(model, name)]
     places.append(("the regime", common, "residuals"))
     with contextlib.ExitStack() as patches:
         for part, owner, name in places:

@@ -59,15 +59,14 @@ def refine(model, task):
     may be backpropagated at once, and its graph is freed before the next step (greedy training, eqs. 9 and 19-22).
     """
     past = [model.initial_state(task.query_x)] * model.history  # oldest first
-    for step, (x, y) in enumerate(mini_batches(model, task)):
-        states = model.update(past, x, y, task.query_x, step)  # (T, B, ...)
+    for step, batch in enumerate(mini_batches(model, task)):
+        states = model.update(past, batch, task.query_x, step)  # (T, B, ...)
         yield model.predict(states, task.query_x)
         past = [state.detach() for state in [*past[1:], states[-1]]]  # after the whole mini-batch (implicit, in causal training: the prefix that a query drew)
 
 
-@torch.no_grad()
 def mini_batches(model, task):
-    """The mini-batches of `task` one by one, x (B, n, X) and y (B, n, Y).
+    """The mini-batches of `task` one by one, x (B, n, X) and y (B, n, Y), as `model.encode` hands them to `model.update`.
 
     They hold all N observations or, in training without a mask, as many as are drawn for the whole batch (sec. 11.4).
 
@@ -79,17 +78,15 @@ def mini_batches(model, task):
     K, _, N, _ = task.context_x.shape
     sizes = [model.size or int(draw_size(N, ())) for _ in range(K)] if model.training and not model.causal else [N] * K
     batches = [(x[:, :n], y[:, :n]) for x, y, n in zip(task.context_x, task.context_y, sizes)]
-    if not model.shows_residuals:
-        yield from batches
-        return
-    pasts = [[model.initial_state(x)] * model.history for x, _ in batches]  # of the observations of each
+    pasts = [[model.initial_state(x)] * model.history for x, _ in batches] if model.shows_residuals else []  # of the observations of each
     for step, (x, y) in enumerate(batches):
-        wrong = residuals(model.loss, model.predict(pasts[step][-1][None], x)[0], y)
-        y = torch.cat([y, wrong], -1)
-        yield x, y
-        encoded = model.encode(x, y, step) if step < K - 1 else None  # as `update` did, but without gradients
-        for later in range(step + 1, K):  # one at a time: memory does not grow with K
-            pasts[later] = [*pasts[later][1:], model.read(pasts[later], encoded, batches[later][0], step)[-1]]
+        if model.shows_residuals:
+            y = torch.cat([y, residuals(model.loss, model.predict(pasts[step][-1][None], x)[0], y)], -1)
+        batch = model.encode(x, y, step)
+        yield batch
+        with torch.no_grad():
+            for later in range(step + 1, len(pasts)):  # one at a time: memory does not grow with K
+                pasts[later] = [*pasts[later][1:], model.update(pasts[later], batch, batches[later][0], step)[-1]]
 
 
 def residuals(loss, predictions, y):
@@ -300,8 +297,13 @@ class Parametric(nn.Module):
         change = parts.mT.flatten(1, 2) @ phi  # (B, T Y, F): all prefixes in one product
         return change.unflatten(1, (len(prefix), -1)).flatten(2).transpose(0, 1)
 
-    def update(self, past, x, y, query_x, step=0):
+    def encode(self, x, y, step=0):
+        """A mini-batch x (B, N, X), y (B, N, Y) for `update`: as it is, since tokens depend on the state."""
+        return x, y
+
+    def update(self, past, batch, query_x, step=0):
         """h_phi of eq. 7: the last H states (B, P) and a mini-batch, after `step` others -> states after each prefix (T, B, P), whatever the queries."""
+        x, y = batch
         with torch.no_grad():  # a trained basis learns from what is predicted, not from how it is updated
             phi = self.basis(x)
         wrong, tokens = [residuals(self.loss, self.apply_to(phi, state[None])[0], y) for state in past], 0
@@ -453,7 +455,8 @@ class Implicit(nn.Module):
     def encode(self, x, y, step=0):
         """A mini-batch x (B, N, X), y (B, N, Y or 2 Y), after `step` others -> what queries read of it, whatever they are.
 
-        The keys and values of every layer, x, and with --decoder solve what the observations want (B, N, Y + 1).
+        The keys and values of every layer, x, and with --decoder solve what the observations want (B, N, Y + 1). Where every
+        query sees all of them, that is solved for already, once (B, N, Y).
         """
         tokens = self.observation(torch.cat([x, y], -1))
         if self.shows_residuals and self.clock is not None:
@@ -461,31 +464,30 @@ class Implicit(nn.Module):
         memories, h = self.transformer.encode(tokens, self.causal)
         if not self.shows_residuals:
             return memories, x, None
-        wrong = y.chunk(2, -1)[1]
-        return memories, x, torch.cat([-self.rate * wrong, self.log_variance(h)], -1)
+        wanted = torch.cat([-self.rate * y.chunk(2, -1)[1], self.log_variance(h)], -1)
+        return memories, x, wanted if self.training and self.causal else self.dual(x, wanted)
+
+    def dual(self, x, wanted):
+        """What observations want of their own predictions -> weights for them, (k(x, x) + diag(variance))^-1 wanted (B, N, Y).
+
+        wanted (B, N, Y + 1) holds changes and the log of a variance, as in `Parametric.pull_back`. With k = phi . phi,
+        k(query_x, x) times these weights is what the change of the predictor's weights does to predictions there, too. Here
+        k needs no finite phi.
+        """
+        return Solve.apply(self.kernel(x, x) + noise(wanted[..., -1]), wanted[..., :-1])
 
     def carry_over(self, x, wanted, query_x, visible):
-        """What observations want of their own predictions, carried over to the queries by kernel ridge regression -> (B, Q, Y).
-
-        wanted (B, N, Y + 1) holds changes and the log of a variance, as in `Parametric.pull_back`. With k = phi . phi the
-        result, k(query_x, x) (k(x, x) + diag(variance))^-1 wanted, is what that change of the weights does to predictions,
-        too. Here k needs no finite phi.
-        """
-        wanted, variance = wanted[..., :-1], noise(wanted[..., -1])
-        weights, system = self.kernel(query_x, x), self.kernel(x, x)
+        """Kernel ridge regression of the queries on what observations want, see `encode` -> (B, Q, Y)."""
+        weights = self.kernel(query_x, x)
         if visible is None:
-            return weights @ Solve.apply(system + variance, wanted)
+            return weights @ wanted
         seen = visible[:, 0]  # (B, Q, N): a system for each query (B, Q, N, N); weights of what it does not see come out 0
-        system = system[:, None] * (seen[..., None] & seen[:, :, None]) + variance[:, None]
-        return Solve.apply(system, (weights * seen)[..., None])[..., 0] @ wanted
+        system = self.kernel(x, x)[:, None] * (seen[..., None] & seen[:, :, None]) + noise(wanted[..., -1])[:, None]
+        return Solve.apply(system, (weights * seen)[..., None])[..., 0] @ wanted[..., :-1]
 
-    def update(self, past, x, y, query_x, step=0):
-        """r_gamma of eq. 8: the last H states (B, Q, P) and a mini-batch, after `step` others -> the next states (1, B, Q, P)."""
-        return self.read(past, self.encode(x, y, step), query_x, step)
-
-    def read(self, past, encoded, query_x, step=0):
-        """`update` from a mini-batch that is encoded already."""
-        (memories, x, wanted), visible = encoded, None
+    def update(self, past, batch, query_x, step=0):
+        """r_gamma of eq. 8: the last H states (B, Q, P) and an encoded mini-batch, after `step` others -> the next states (1, B, Q, P)."""
+        (memories, x, wanted), visible = batch, None
         if self.training and self.causal:  # each query sees a random prefix of its own (fig. 6)
             (B, Q, _), N = query_x.shape, x.shape[1]
             size = own(draw_size(N, (RANKS * B, Q, 1), x.device))  # drawn for the tasks of all ranks, to keep this one's

@@ -144,7 +144,7 @@ def generate(model, batches, x, args):
         query_x = embed(x, t)
         past = [model.initial_state(query_x)] * model.history
         for step, memory in enumerate(memories):  # `refine`, with the mini-batches encoded beforehand
-            past = [*past[1:], model.read(past, memory, query_x, step=step)[-1]]
+            past = [*past[1:], model.update(past, memory, query_x, step=step)[-1]]
         return model.predict(past[-1][None], query_x)[0]
 
     return integrate(field, x, args)

@@ -305,7 +305,10 @@ class LeafPredictor(nn.Module):
     def predict(self, states, alive):
         return states
 
-    def update(self, past, x, y, alive, step=0):
+    def encode(self, x, y, step=0):
+        return x  # as it is: cells hold the state, too
+
+    def update(self, past, x, alive, step=0):
         """The last H states (B, d) and rows x (B, N, d) of the nodes alive (B, d), after `step` mini-batches -> the next states (1, B, d)."""
         B, N, d = x.shape
         inputs = [x, *linear_residual(x, alive), *kernel_residual(x, alive), *(self.scale * state[:, None].expand_as(x) for state in past)]

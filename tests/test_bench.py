@@ -57,10 +57,10 @@ def test_what_the_regime_does_is_recorded(task):  # noqa: F811
 
 def test_observations_to_come_are_recorded_without_gradients(task):  # noqa: F811
     """With --decoder solve those of every mini-batch that is left are refined, beside the queries."""
-    model = make("implicit", decoder="solve")
+    model = make("implicit", decoder="solve", mask="none")
     parts = bench.record_parts(lambda: list(common.refine(model, task)), model, torch.device("cpu"))
-    solved = [gradients for call, _, gradients, _ in parts["the regime"] if call.__name__ == "carry_over"]
-    assert (solved.count(True), solved.count(False)) == (K, K * (K - 1) // 2)
+    carried, solved = ([gradients for call, _, gradients, _ in parts["the regime"] if call.__name__ == name] for name in ("carry_over", "dual"))
+    assert (carried.count(True), carried.count(False)) == (K, K * (K - 1) // 2) and solved == [True] * K
 
 
 def test_products_are_counted_as_by_hand():

@@ -65,6 +65,10 @@ def task():
     return Task(torch.randn(K, B, N, X), torch.randn(K, B, N, Y), torch.randn(B, Q, X), torch.randn(B, Q, Y))
 
 
+def updated(model, past, x, y, query_x, step=0):
+    return model.update(past, model.encode(x, y, step), query_x, step)
+
+
 def past_states(model, task):
     """H different states, as they are in the middle of a run."""
     first = model.initial_state(task.query_x)
@@ -90,11 +94,11 @@ def close(a, b, tolerance=1e-5):
 def test_one_causal_pass_equals_a_loop_over_prefixes(task, regime, signal, history, decoder, attention):
     model = make(regime, signal=signal, history=history, decoder=decoder, attention=attention)
     x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
-    at_once = model.train().update(past, x, y, task.query_x)
+    at_once = updated(model.train(), past, x, y, task.query_x)
     assert len(at_once) == N
     model.eval()
     for n in range(1, N + 1):
-        alone = model.update(past, x[:, :n], y[:, :n], task.query_x)
+        alone = updated(model, past, x[:, :n], y[:, :n], task.query_x)
         assert len(alone) == 1
         close(at_once[n - 1], alone[0])
 
@@ -109,13 +113,13 @@ def test_implicit_queries_under_their_own_prefixes_equal_a_loop_over_queries(tas
     y = torch.randn(B, N, 2 * Y) if decoder == "solve" else task.context_y[0]  # residuals, too
     lengths = torch.randint(1, N + 1, (B, Q, 1))
     monkeypatch.setattr(common, "draw_size", lambda *_, **__: lengths)
-    together = model.update(past, x, y, task.query_x)[0]
+    together = updated(model, past, x, y, task.query_x)[0]
     model.eval()
     for b in range(B):
         for q in range(Q):
             n = lengths[b, q, 0]
             one = slice(b, b + 1), slice(q, q + 1)
-            alone = model.update([s[one] for s in past], x[b : b + 1, :n], y[b : b + 1, :n], task.query_x[one])
+            alone = updated(model, [s[one] for s in past], x[b : b + 1, :n], y[b : b + 1, :n], task.query_x[one])
             close(together[one], alone[0])
 
 
@@ -124,34 +128,34 @@ def test_a_clock_tells_how_many_mini_batches_came_before(task, regime):
     with_clock, without = (make(regime, clock=clock, history=2).eval() for clock in ("steps", "none"))
     x, y = task.context_x[0], task.context_y[0]
     past = past_states(without, task)
-    early, late = ([model.update(past, x, y, task.query_x, step) for model in (with_clock, without)] for step in (0, 3))
+    early, late = ([updated(model, past, x, y, task.query_x, step) for model in (with_clock, without)] for step in (0, 3))
     assert (early[0] - late[0]).abs().max() > 1e-4 and torch.equal(early[1], late[1])
 
     past = [with_clock.initial_state(task.query_x)] * 2
     for step, prediction in enumerate(refine(with_clock, task)):
-        states = with_clock.update(past, task.context_x[step], task.context_y[step], task.query_x, step)
+        states = updated(with_clock, past, task.context_x[step], task.context_y[step], task.query_x, step)
         close(prediction, with_clock.predict(states, task.query_x))
         past = [past[1], states[-1]]
 
     past, with_clock.clock.data = past_states(without, task), with_clock.clock.data / 4
-    quarter = with_clock.update(past, x, y, task.query_x, 0)
+    quarter = updated(with_clock, past, x, y, task.query_x, 0)
     with_clock.clock.data *= 4
-    close(quarter, with_clock.update(past, x, y, task.query_x, 3))
+    close(quarter, updated(with_clock, past, x, y, task.query_x, 3))
 
 
 def test_with_a_clock_observations_say_how_far_to_trust_them_by_what_came_before(task):
     """Where the decoder solves, the variance is that of observations alone: they need the clock as much as queries do."""
     x, y = task.context_x[0], torch.randn(B, N, 2 * Y)
     for clock in ("steps", "none"):
-        model = make("implicit", decoder="solve", clock=clock).eval()
+        model = make("implicit", decoder="solve", clock=clock)
         nn.init.normal_(model.log_variance.weight)
-        early, late = (model.encode(x, y, step)[2] for step in (0, 3))
+        early, late = (model.train().encode(x, y, step)[2] for step in (0, 3))  # where queries see parts, nothing is solved yet
         assert torch.equal(early[..., :-1], late[..., :-1]), "what residuals ask for is the same"
         assert ((early[..., -1] - late[..., -1]).abs().max() > 1e-4) == (clock == "steps")
         for silent in (model.decoder.weight, model.decoder.bias):  # what is left of an update is what they carry over
             nn.init.zeros_(silent)
-        past = past_states(model, task)
-        early, late = (model.update(past, x, y, task.query_x, step) for step in (0, 3))
+        past = past_states(model.eval(), task)
+        early, late = (updated(model, past, x, y, task.query_x, step) for step in (0, 3))
         assert ((early - late).abs().max() > 1e-4) == (clock == "steps")
 
     model = make("implicit", decoder="linear", clock="steps").eval()  # only queries see it
@@ -163,7 +167,7 @@ def test_half_of_the_prefixes_are_whole_and_each_query_and_task_draws_its_own(ta
     model, seen = make("implicit").train(), []
     monkeypatch.setattr(model.transformer, "read", lambda tokens, memories, visible: seen.append(visible) or tokens)
     for _ in range(300):
-        model.update([model.initial_state(task.query_x)], task.context_x[0], task.context_y[0], task.query_x)
+        updated(model, [model.initial_state(task.query_x)], task.context_x[0], task.context_y[0], task.query_x)
     visible = torch.stack(seen)
     assert visible.shape == (300, B, 1, Q, N) and visible.dtype == torch.bool
     lengths = visible.sum(-1).flatten(0, 2)
@@ -206,7 +210,7 @@ def test_without_a_mask_training_draws_one_length_for_the_whole_batch(task, regi
     """The training pass equals evaluation on some common prefix, and all lengths occur."""
     model = make(regime, mask="none")
     past, (x, y) = [model.initial_state(task.query_x)], (task.context_x[0], task.context_y[0])
-    on_prefix = torch.stack([model.predict(model.eval().update(past, x[:, :n], y[:, :n], task.query_x), task.query_x) for n in range(1, N + 1)])
+    on_prefix = torch.stack([model.predict(updated(model.eval(), past, x[:, :n], y[:, :n], task.query_x), task.query_x) for n in range(1, N + 1)])
     model.train()
     first = task._replace(context_x=x[None], context_y=y[None])
     matches = [(next(refine(model, first)) - on_prefix).flatten(1).abs().amax(1) < 1e-5 for _ in range(100)]
@@ -217,7 +221,7 @@ def test_without_a_mask_training_draws_one_length_for_the_whole_batch(task, regi
 @pytest.mark.parametrize("regime", common.REGIMES)
 def test_where_steps_are_replayed_all_mini_batches_have_the_size_that_is_set(task, regime):
     model = make(regime, mask="none").train()
-    model.size = N - 2
+    model.size, model.encode = N - 2, lambda x, y, step: (x, y)
     assert [x.shape[1] for x, _ in common.mini_batches(model, task)] == [N - 2] * K
     assert [x.shape[1] for x, _ in common.mini_batches(model.eval(), task)] == [N] * K
 
@@ -233,7 +237,7 @@ def test_a_state_of_several_latent_tokens_uses_them_all(task):
     model = make("explicit", mask="none", latent_tokens=3, history=2).eval()
     x, y, (older, newest) = task.context_x[0], task.context_y[0], past_states(model, task)
     assert newest.shape == (B, 6 * Y)
-    states = model.update([older, newest], x, y, task.query_x)
+    states = updated(model, [older, newest], x, y, task.query_x)
     slots = [model.state(part) + age for state, ages in zip((older, newest), model.age) for part, age in zip(state.chunk(3, 1), ages)]
     h = model.transformer(torch.cat([torch.stack(slots, 1), model.observation(torch.cat([x, y], -1))], 1), False)
     close(states, torch.cat([part + model.decoder(h[:, i]) for i, part in enumerate(newest.chunk(3, 1), 3)], 1)[None])
@@ -241,7 +245,7 @@ def test_a_state_of_several_latent_tokens_uses_them_all(task):
     assert prediction.shape == (1, B, Q, Y)
     (gradient,) = torch.autograd.grad(prediction.square().sum(), states)
     assert (gradient.unflatten(-1, (3, 4)).abs().amax(-1) > 0).all()
-    alike = model.update([torch.zeros(B, 6 * Y)] * 2, x, y, task.query_x)[0].unflatten(-1, (3, 4))
+    alike = updated(model, [torch.zeros(B, 6 * Y)] * 2, x, y, task.query_x)[0].unflatten(-1, (3, 4))
     assert (alike[:, 0] - alike[:, 1]).abs().max() > 1e-5, "tokens whose parts of the state are equal still differ"
 
 
@@ -376,7 +380,7 @@ def test_what_is_carried_over_equals_a_regression_for_each_query_on_what_it_sees
     own = torch.arange(N) < torch.randint(1, N + 1, (B, 1, Q, 1))
     kernel = {"softmax": lambda a, b: np.exp(-((a - b) ** 2).sum() / X), "linear": lambda a, b: a @ b / X}[attention]
     for visible in (None, own):
-        found = model.carry_over(x, wanted, query_x, visible)
+        found = model.carry_over(x, model.dual(x, wanted) if visible is None else wanted, query_x, visible)
         for b, i in itertools.product(range(B), range(Q)):
             n = N if visible is None else int(visible[b, 0, i].sum())
             query, keys, asked = query_x[b, i].numpy(), x[b, :n].numpy(), wanted[b, :n].numpy()
@@ -390,7 +394,7 @@ def test_what_is_carried_over_is_what_solved_weights_predict():
     wanted, x, query_x = torch.randn(B, N, Y + 1), torch.randn(B, N, X), torch.randn(B, Q, X)
     implicit, parametric = make("implicit", decoder="solve", attention="linear"), make("parametric", decoder="solve", mask="none")
     weights = parametric.pull_back(x * X**-0.5, wanted)
-    close(implicit.carry_over(x, wanted, query_x, None), parametric.apply_to(query_x * X**-0.5, weights)[0], 1e-4)
+    close(implicit.carry_over(x, implicit.dual(x, wanted), query_x, None), parametric.apply_to(query_x * X**-0.5, weights)[0], 1e-4)
 
 
 def test_implicit_refinement_without_corrections_is_ridge_regression_of_what_is_left(task):
@@ -438,7 +442,7 @@ def test_nothing_backpropagates_through_gradient_inputs(task, regime):
     model, seen = make(regime, signal="grad"), []
     compute = model.gradients
     model.gradients = lambda *a: seen.append(compute(*a)) or seen[-1]
-    model.update(past_states(model, task), task.context_x[0], task.context_y[0], None)
+    updated(model, past_states(model, task), task.context_x[0], task.context_y[0], None)
     assert len(seen) == 1 and not seen[0].requires_grad
 
 
@@ -449,7 +453,7 @@ def test_the_signal_decides_what_the_update_may_read(task, regime, signal, decod
     """`grad` reads targets through their gradients only: with a loss that ignores them, they make no difference."""
     model = make(regime, lambda prediction, y: prediction.sum(-1) * 0, signal=signal, decoder=decoder).eval()
     x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
-    same = torch.equal(model.update(past, x, y, None), model.update(past, x, y + 1, None))
+    same = torch.equal(updated(model, past, x, y, None), updated(model, past, x, y + 1, None))
     assert same == (signal == "grad")
 
 
@@ -461,7 +465,7 @@ def test_the_transformer_says_how_to_change_the_newest_state(task, regime, mask)
     with torch.no_grad():
         model.decoder.weight.zero_()
         model.decoder.bias.copy_(change)
-    close(model.update(past, task.context_x[0], task.context_y[0], task.query_x)[0], past[-1] + change)
+    close(updated(model, past, task.context_x[0], task.context_y[0], task.query_x)[0], past[-1] + change)
 
 
 # ---------------------------------------------------------------- updates in the span of the data
@@ -476,7 +480,7 @@ def test_gradient_descent_is_a_special_case_of_the_span(task, regime, loss, mask
     x, y = task.context_x[0], F.one_hot(torch.randint(Y, (B, N)), Y).float()
     past = past_states(model, task)
     model.decoder.forward = lambda h: -eta * residuals(model, past[-1], x, y)
-    new = model.update(past, x, y, task.query_x)  # (T, B, P)
+    new = updated(model, past, x, y, task.query_x)  # (T, B, P)
     expected = []
     for n in range(1, N + 1):
         state = past[-1].detach().requires_grad_()
@@ -512,9 +516,9 @@ def test_each_cotangent_is_of_the_observation_that_it_is_pulled_back_at(task, re
     """Without a mask the order of the observations makes no difference, which it would if tokens and inputs were out of step."""
     model, order = make(regime, decoder=decoder, mask="none", history=2).eval(), torch.randperm(N)
     x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
-    straight = model.update(past, x, y, None)
-    close(model.update(past, x[:, order], y[:, order], None), straight)
-    assert (model.update(past, x[:, order], y, None) - straight).abs().max() > 1e-3
+    straight = updated(model, past, x, y, None)
+    close(updated(model, past, x[:, order], y[:, order], None), straight)
+    assert (updated(model, past, x[:, order], y, None) - straight).abs().max() > 1e-3
 
 
 def test_tokens_see_the_residuals_of_each_past_state_and_nothing_else_of_them(task):
@@ -523,13 +527,13 @@ def test_tokens_see_the_residuals_of_each_past_state_and_nothing_else_of_them(ta
     x, y, past = task.context_x[0], task.context_y[0], past_states(model, task)
     wrong = torch.cat([2 * (model.predict(state[None], x)[0] - y) for state in past], -1)
     tokens = model.observation(torch.cat([x, y], -1)) + model.residual(wrong)
-    close(model.update(past, x, y, None), past[-1] + model.pull_back(x, model.decoder(model.transformer(tokens, False))))
+    close(updated(model, past, x, y, None), past[-1] + model.pull_back(x, model.decoder(model.transformer(tokens, False))))
 
 
 @pytest.mark.parametrize("decoder", ("span", "solve"))
 def test_a_trained_basis_learns_from_predictions_and_not_from_updates(task, decoder):
     model = make("explicit", decoder=decoder).train()
-    states = model.update(past_states(model, task), task.context_x[0], task.context_y[0], None)
+    states = updated(model, past_states(model, task), task.context_x[0], task.context_y[0], None)
     learning = [model.decoder.weight, model.basis.input.weight]
     g = torch.autograd.grad(states.square().sum(), learning, retain_graph=True, allow_unused=True)
     assert g[0].abs().max() > 0 and g[1] is None
@@ -550,7 +554,7 @@ def test_the_untrained_basis_is_a_rotation_or_a_gaussian_kernel():
 def test_the_output_is_a_change_of_the_state_or_the_next_state(task, regime):
     """The same weights either way: what the two return differs by the newest state."""
     x, y, past = task.context_x[0], task.context_y[0], past_states(make(regime, history=3), task)
-    residual, direct = (make(regime, update=update, history=3).eval().update(past, x, y, task.query_x) for update in ("residual", "direct"))
+    residual, direct = (updated(make(regime, update=update, history=3).eval(), past, x, y, task.query_x) for update in ("residual", "direct"))
     close(residual, past[-1] + direct)
 
 
@@ -560,7 +564,7 @@ def test_an_untrained_update_stays_where_it_is(task):
             torch.manual_seed(0)
             model = common.REGIMES[regime](settings(decoder=decoder), X, Y, squared_error, identity).eval()
             past = past_states(model, task)
-            assert torch.equal(model.update(past, task.context_x[0], task.context_y[0], None)[0], past[-1])
+            assert torch.equal(updated(model, past, task.context_x[0], task.context_y[0], None)[0], past[-1])
 
 
 def test_how_much_of_its_state_a_query_sees(task):
@@ -568,29 +572,29 @@ def test_how_much_of_its_state_a_query_sees(task):
     x, y = task.context_x[0], task.context_y[0]
     whole, half, hidden = (make("implicit", update="direct", state_scale=scale, history=2).eval() for scale in (1.0, 0.5, 0.0))
     past = [torch.randn(*whole.initial_state(task.query_x).shape) for _ in range(2)]
-    close(half.update(past, x, y, task.query_x), whole.update([0.5 * state for state in past], x, y, task.query_x))
-    close(hidden.update(past, x, y, task.query_x), hidden.update([7 * state for state in past], x, y, task.query_x))
-    assert (whole.update(past, x, y, task.query_x) - half.update(past, x, y, task.query_x)).abs().max() > 1e-3
+    close(updated(half, past, x, y, task.query_x), updated(whole, [0.5 * state for state in past], x, y, task.query_x))
+    close(updated(hidden, past, x, y, task.query_x), updated(hidden, [7 * state for state in past], x, y, task.query_x))
+    assert (updated(whole, past, x, y, task.query_x) - updated(half, past, x, y, task.query_x)).abs().max() > 1e-3
 
 
 def test_a_softmax_state_is_read_as_probabilities_and_kept_as_logits(task):
     """The same weights on logits that are probabilities already; and the prediction is the state itself."""
     on_logits, on_softmax = make("implicit", update="direct").eval(), make("implicit", update="direct", state="softmax").eval()
     state, rest = torch.randn(B, Q, Y), (task.context_x[0], task.context_y[0], task.query_x)
-    new = on_softmax.update([state], *rest)
-    close(new, on_logits.update([state.softmax(-1)], *rest))
-    assert (new - on_logits.update([state], *rest)).abs().max() > 1e-3
+    new = updated(on_softmax, [state], *rest)
+    close(new, updated(on_logits, [state.softmax(-1)], *rest))
+    assert (new - updated(on_logits, [state], *rest)).abs().max() > 1e-3
     assert torch.equal(on_softmax.predict(new, task.query_x), new)
     model = make("implicit", history=2, state="softmax").eval()
     past = [torch.randn(B, Q, Y) for _ in range(2)]
-    close(model.update([past[0] + 3, past[1]], *rest), model.update(past, *rest))  # what all logits share is not in probabilities, old or new
+    close(updated(model, [past[0] + 3, past[1]], *rest), updated(model, past, *rest))  # what all logits share is not in probabilities, old or new
 
 
 def test_every_past_state_is_read(task):
     for regime in common.REGIMES:
         model = make(regime, history=3).eval()
         past = [s.detach().requires_grad_() for s in past_states(model, task)]
-        states = model.update(past, task.context_x[0], task.context_y[0], task.query_x)
+        states = updated(model, past, task.context_x[0], task.context_y[0], task.query_x)
         read = torch.autograd.grad(states.square().sum(), past)
         assert all(g.abs().max() > 1e-6 for g in read), regime
 
@@ -619,25 +623,28 @@ def test_no_gradient_crosses_a_step(task, case):
     """The greedy loop's gradient is the sum of K gradients of one step, each from states that are plain numbers."""
     model = make(**case).train()
     torch.manual_seed(7)
-    states, batches, update = [model.initial_state(task.query_x)] * model.history, [], model.update
+    states, batches, update, encode = [model.initial_state(task.query_x)] * model.history, [], model.update, model.encode
 
-    def recorded(past, x, y, *given):
-        new = update(past, x, y, *given)
+    def recorded(past, batch, *given):
+        new = update(past, batch, *given)
         states.append(new[-1])
-        batches.append((x, y))  # as many observations as were drawn
         return new
 
-    model.update = recorded
+    def drawn(x, y, step):
+        batches.append((x, y))  # as many observations as were drawn
+        return encode(x, y, step)
+
+    model.update, model.encode = recorded, drawn
     for prediction in refine(model, task):
         squared_error(prediction, task.query_y).mean().backward()
-    greedy, model.update = gradients_of(model), update
+    greedy, model.update, model.encode = gradients_of(model), update, encode
 
     torch.manual_seed(7)
     expected = [torch.zeros_like(g) for g in greedy]
     for k in range(K):
         past = [torch.tensor(s.tolist()) for s in states[k : k + model.history]]  # numbers, without any graph
         past = past if k else [model.initial_state(task.query_x)] * model.history
-        new = model.update(past, *batches[k], task.query_x)
+        new = updated(model, past, *batches[k], task.query_x)
         squared_error(model.predict(new, task.query_x), task.query_y).mean().backward()
         expected = [e + g for e, g in zip(expected, gradients_of(model))]
     for (name, _), g, e in zip(model.named_parameters(), greedy, expected):
@@ -655,7 +662,7 @@ def test_observations_show_the_residuals_that_they_have_as_queries(task, loss, s
     def predict(query_x, rows=slice(None)):
         past = [model.initial_state(query_x)] * 2
         for step, (x, y) in enumerate(seen):
-            past = [past[1], model.update(past, x[rows], y[rows], query_x, step)[0].detach()]
+            past = [past[1], updated(model, past, x[rows], y[rows], query_x, step)[0].detach()]
         return model.predict(past[1][None], query_x)[0]
 
     for prediction, x, y in zip(refine(model, task), task.context_x, task.context_y):
@@ -670,7 +677,7 @@ def test_observations_show_the_residuals_that_they_have_as_queries(task, loss, s
 
     past, expected = [model.initial_state(task.query_x)] * 2, [torch.zeros_like(g) for g in greedy]
     for step, (x, y) in enumerate(seen):
-        new = model.update(past, x, y, task.query_x, step)
+        new = updated(model, past, x, y, task.query_x, step)
         loss(model.predict(new, task.query_x), task.query_y).mean().backward()
         past, expected = [past[1].detach(), new[0].detach()], [e + g for e, g in zip(expected, gradients_of(model))]
     for g, e in zip(greedy, expected):
@@ -681,18 +688,18 @@ def test_a_query_shows_no_residual(task):
     """The encoder's columns for residuals make no difference to what a query reads from the same keys and values."""
     model = make("implicit", decoder="solve").eval()
     past, x = past_states(model, task), task.context_x[0]
-    memories = model.encode(x, torch.randn(B, N, 2 * Y))
-    before = model.read(past, memories, task.query_x)
+    batch = model.encode(x, torch.randn(B, N, 2 * Y))
+    before = model.update(past, batch, task.query_x)
     with torch.no_grad():
         model.observation.weight[:, -Y:] += 1
-    assert torch.equal(model.read(past, memories, task.query_x), before)
+    assert torch.equal(model.update(past, batch, task.query_x), before)
 
 
 def test_observations_are_followed_as_the_queries_are(task):
     """In training, too, the residual is that of the prediction which a query at the same x has: sizes are drawn once for both."""
     model, seen = make("implicit", decoder="solve", mask="none").train(), []
-    update = model.update
-    model.update = lambda past, x, y, *given: seen.append(y) or update(past, x, y, *given)
+    encode = model.encode
+    model.encode = lambda x, y, step: seen.append(y) or encode(x, y, step)
     sizes = set()
     for _ in range(20):
         seen.clear()
@@ -723,13 +730,15 @@ def test_memory_does_not_grow_with_the_number_of_steps(task, regime, more):
 
 
 def test_observations_to_come_are_refined_a_mini_batch_at_a_time(task):
-    """So that memory does not grow with K. A mini-batch is encoded for the queries, and once more for all of these."""
-    model, (encode, read), encoded, sizes = make("implicit", decoder="solve").eval(), (common.Implicit.encode, common.Implicit.read), [], []
-    model.encode = lambda x, y, step: encoded.append(step) or encode(model, x, y, step)
-    model.read = lambda past, memory, query_x, step: sizes.append(query_x.shape[1]) or read(model, past, memory, query_x, step)
+    """So that memory does not grow with K; without gradients. A mini-batch is encoded once, and its system solved once, for all that read it."""
+    model, calls, sizes = make("implicit", decoder="solve").eval(), [], []
+    encode, dual, update = model.encode, model.dual, model.update
+    model.encode = lambda x, y, step: calls.append("encode") or encode(x, y, step)
+    model.dual = lambda *given: calls.append("dual") or dual(*given)
+    model.update = lambda past, batch, query_x, step: sizes.append((query_x.shape[1], torch.is_grad_enabled())) or update(past, batch, query_x, step)
     list(refine(model, task))
-    assert sizes == sum(([Q, *[N] * later] for later in reversed(range(K))), [])
-    assert sorted(encoded) == sorted([*range(K), *range(K - 1)])
+    assert sizes == sum(([(Q, True), *[(N, False)] * later] for later in reversed(range(K))), [])
+    assert calls == ["encode", "dual"] * K
 
 
 @pytest.mark.parametrize("regime,more", [*((regime, {}) for regime in common.REGIMES), ("implicit", dict(decoder="solve"))])
@@ -777,7 +786,7 @@ def test_the_state_handed_on_is_that_of_the_whole_mini_batch(task):
     """Of the states after each prefix, under a causal mask; older ones move up."""
     model, seen = make("parametric", history=2).train(), []
 
-    def update(past, x, y, query_x, step):
+    def update(past, batch, query_x, step):
         seen.append([float(state.detach()[0, 0]) for state in past])
         prefix = 10.0 * step + torch.arange(N)
         return prefix[:, None, None].expand(N, *past[0].shape)

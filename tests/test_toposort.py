@@ -295,7 +295,7 @@ def test_how_much_of_its_logit_a_node_sees():
     @torch.no_grad()
     def change(scale, state):
         torch.manual_seed(0)
-        return make_model(state_scale=scale).update([state], x[0], x[0, ..., :0], alive)[0] - state
+        return make_model(state_scale=scale).update([state], x[0], alive)[0] - state
 
     assert torch.allclose(change(0.5, state), change(1.0, state / 2), atol=1e-5)
     assert torch.allclose(change(0.0, state), change(0.0, 7 * state), atol=1e-5)
@@ -310,7 +310,7 @@ def test_the_state_matters_and_no_gradient_passes_through_it():
     weights = [w for name, w in model.named_parameters() if name != "initial"]
     through = torch.autograd.grad(toposort.loss(second, leaf, alive).mean(), weights)
     for past, same in ((first[0].detach(), True), (torch.zeros(3, 6), False)):
-        alone = torch.autograd.grad(toposort.loss(model.update([past], x[1], None, alive), leaf, alive).mean(), weights)
+        alone = torch.autograd.grad(toposort.loss(model.update([past], x[1], alive), leaf, alive).mean(), weights)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(through, alone)) == same
 
 
@@ -377,7 +377,7 @@ def test_the_newest_state_is_changed_and_older_ones_and_the_clock_are_seen():
     (x, _), alive, (old, new) = dataset(K=1), torch.ones(3, 6, dtype=torch.bool), torch.randn(2, 3, 6)
 
     def update(*past, step=0, **changes):
-        return make_model(history=2, clock="steps", **changes).update(past, x[0], None, alive, step)[0]
+        return make_model(history=2, clock="steps", **changes).update(past, x[0], alive, step)[0]
 
     plain = update(old, new)
     assert torch.allclose(update(old, new, update="direct") + new, plain, atol=1e-5)
