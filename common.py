@@ -1022,7 +1022,7 @@ class Journal:
         signal.signal(signal.SIGINT, self.handlers[signal.SIGINT])  # a second Ctrl-C does not wait for the end of the iteration
 
     def log(self, losses, metric):
-        """losses: K tensors, one per refinement step; metric: a tensor. Fetched from the device only now and then."""
+        """losses: one tensor per refinement step, as many in every iteration; metric: a tensor. Fetched from the device only now and then."""
         self.pending.append(average(torch.stack([*losses, metric])))
 
     def check_finite(self):

@@ -155,8 +155,8 @@ def linreg():
 def paper():
     """Tasks of the paper's dimensions and mini-batches, models of laptop size and (-gpu) of the paper preset; beside them its own errors (tables 2 to 4, rows "data")."""
     files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-gpu", "-implicit-linear"))]
-    files += [*(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-raw", "-long", "-linear", "-wide", "-gpu")), "paper-method-mnist-gpu"]
-    files += ["paper-fmnist", "paper-fmnist-long", "paper-fmnist-gpu", "paper-method-fmnist-gpu"]
+    files += [*(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-raw", "-long", "-linear", "-wide", "-gpu", "-raw-gpu")), "paper-method-mnist-gpu"]
+    files += [*(f"paper-fmnist{kind}" for kind in ("", "-raw", "-long", "-gpu", "-raw-gpu")), "paper-method-fmnist-gpu"]
     rows = []
     for r in map(read, files):
         for (split, m), theirs in zip(r["metrics"].items(), quoted(r)):

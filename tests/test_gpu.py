@@ -7,11 +7,9 @@ import signal
 import pytest
 import torch
 
-import alphabets
 import bench
 import common
 import linreg
-import mog_flow
 from conftest import SCRIPTS, accepts, call
 from test_common import K, SIGNALS, close, make, task  # noqa: F401 (task is a fixture)
 from test_smoke import CAPTURED, check_run
@@ -92,7 +90,7 @@ def test_what_cannot_be_captured_is_refused_in_one_line(monkeypatch, capsys):
     assert "use --launch eager" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", (mog_flow, alphabets), ids=("mog_flow", "alphabets"))
+@pytest.mark.parametrize("script", ("mog_flow", "alphabets"))
 def test_flows_end_on_a_gpu(script):
     call(script, "--device cuda --out here")
     results = json.load(open("here/results.json"))
