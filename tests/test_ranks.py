@@ -111,6 +111,16 @@ def test_a_signal_to_one_rank_stops_all(number, codes, monkeypatch):
     assert 3 <= checkpoint("run")["iteration"] < 60 and os.path.exists("run/results.json") == (number == signal.SIGINT)
 
 
+def test_a_run_of_one_rank_goes_on_with_two(monkeypatch):
+    call("linreg", "--iters 12 --dtype float32 --out one")
+    sample, calls = linreg.sample_tasks, []
+    monkeypatch.setattr(linreg, "sample_tasks", lambda *given: (calls.append(1), len(calls) == 7 and signal.raise_signal(signal.SIGINT), sample(*given))[2])
+    call("linreg", "--iters 12 --dtype float32 --out run")
+    assert checkpoint("run")["iteration"] == 7
+    assert ends(start(2, "linreg", "--resume run")) == [0, 0]
+    assert_same_run("one", "run")
+
+
 def test_tasks_that_cannot_be_shared_are_refused_before_the_others_begin(capfd):
     processes = start(3, "linreg", "--out run")
     assert ends(processes[:1]) == [2]
