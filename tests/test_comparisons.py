@@ -193,7 +193,8 @@ def test_a_vote_is_the_mean_of_one_step_answers():
     class Mean(torch.nn.Module):
         history, causal, shows_residuals = 1, True, False
         initial_state = lambda self, query_x: torch.zeros(*query_x.shape[:2], 3)
-        update = lambda self, past, x, y, query_x, step: (past[-1] + y.mean(1, keepdim=True))[None]
+        encode = lambda self, x, y, step: y
+        update = lambda self, past, batch, query_x, step: (past[-1] + batch.mean(1, keepdim=True))[None]
         predict = lambda self, states, query_x: states
 
     task = common.Task(torch.randn(4, 2, 5, 6), torch.randn(4, 2, 5, 3), torch.randn(2, 7, 6), None)
