@@ -477,13 +477,13 @@ class Implicit(nn.Module):
         return Solve.apply(self.kernel(x, x) + noise(wanted[..., -1]), wanted[..., :-1])
 
     def carry_over(self, x, wanted, query_x, visible):
-        """Kernel ridge regression of the queries on what observations want, see `encode` -> (B, Q, Y)."""
-        weights = self.kernel(query_x, x)
+        """Kernel ridge regression of what observations want, which `encode` has solved for where `visible` is None -> (B, Q, Y)."""
+        to_query = self.kernel(query_x, x)  # (B, Q, N)
         if visible is None:
-            return weights @ wanted
-        seen = visible[:, 0]  # (B, Q, N): a system for each query (B, Q, N, N); weights of what it does not see come out 0
+            return to_query @ wanted
+        seen = visible[:, 0]  # (B, Q, N): a system for each query (B, Q, N, N); what it does not see gets weight 0
         system = self.kernel(x, x)[:, None] * (seen[..., None] & seen[:, :, None]) + noise(wanted[..., -1])[:, None]
-        return Solve.apply(system, (weights * seen)[..., None])[..., 0] @ wanted[..., :-1]
+        return Solve.apply(system, (to_query * seen)[..., None])[..., 0] @ wanted[..., :-1]
 
     def update(self, past, batch, query_x, step=0):
         """r_gamma of eq. 8: the last H states (B, Q, P) and an encoded mini-batch, after `step` others -> the next states (1, B, Q, P)."""
