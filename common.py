@@ -33,6 +33,8 @@ if sys.argv[1:2] in (["-h"], ["--help"]):  # argparse will answer and leave: sta
     heavy = ["numpy", "scipy.optimize", "matplotlib", "matplotlib.figure", "matplotlib.ticker", "torch", *(f"torch.{name}" for name in inner)]
     sys.modules.update(dict.fromkeys(heavy, MagicMock()))
 
+handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C leaves at once while these load, without a traceback
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -42,6 +44,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure  # not pyplot: nothing is shown on a screen
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from tqdm import tqdm
+
+signal.signal(signal.SIGINT, handler)
 
 # A batch of tasks: context_x (K, B, N, X), context_y (K, B, N, Y), query_x (B, Q, X), query_y (B, Q, Y).
 # Targets are always vectors: one number for regression, one-hot for classes.

@@ -149,6 +149,12 @@ def test_ctrl_c_at_a_random_moment_of_a_real_process_loses_nothing():
     assert_same_run("straight", "broken")
 
 
+def test_ctrl_c_while_torch_loads_leaves_no_traceback():
+    slow = "import signal, sys; sys.meta_path.insert(0, type('Finder', (), {'find_spec': lambda name, *_: name == 'torch' and signal.raise_signal(signal.SIGINT) or None}))"
+    done = subprocess.run([sys.executable, "-c", f"{slow}; import linreg"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and not done.stderr
+
+
 def test_sigterm_saves_and_leaves_without_evaluating(monkeypatch):
     """As a cluster does that wants its machine back: the rest of the run is the same as if nothing had happened."""
     call("linreg", TWENTY, "--out straight")
