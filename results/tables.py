@@ -152,11 +152,8 @@ def linreg():
     return table(["command", "seeds", "1", "5", "10", "× oracle at 5", "minutes", "paper at 1 / 5 / 10"], rows)
 
 
-def paper():
+def at_paper_sizes(files):
     """Tasks of the paper's dimensions and mini-batches, models of laptop size and (-gpu) of the paper preset; beside them its own errors (tables 2 to 4, rows "data")."""
-    files = [*(f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-gpu", "-implicit-linear"))]
-    files += [*(f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-raw", "-long", "-linear", "-wide", "-gpu", "-raw-gpu")), "paper-method-mnist-gpu"]
-    files += [*(f"paper-fmnist{kind}" for kind in ("", "-raw", "-long", "-gpu", "-raw-gpu")), "paper-method-fmnist-gpu"]
     rows = []
     for r in map(read, files):
         for (split, m), theirs in zip(r["metrics"].items(), quoted(r)):
@@ -164,6 +161,18 @@ def paper():
             first = [command(r), r["seeds"], minutes(r)] if split == "id" else ["the same, out of distribution", "", ""]
             rows.append([*first, m["data"], *cells(m, (1, 5, 10), digits), theirs, f"{rival} {value(r['baselines'][split][rival], 5):.{digits}f}"])
     return table(["command", "seeds", "minutes", "data", "after 1", "5", "10", "paper after 1 / 5 / 10", "baselines after 5"], rows)
+
+
+def paper():
+    files = [f"paper-linreg{kind}" for kind in ("", "-explicit", "-implicit", "-implicit-gpu")]
+    files += [f"paper-mnist{kind}" for kind in ("-parametric", "-explicit", "", "-gpu")]
+    return at_paper_sizes([*files, "paper-method-mnist-gpu", "paper-fmnist-gpu", "paper-method-fmnist-gpu"])
+
+
+def variants():
+    """More of the same: read off one token, trained for longer, on images that are not centred, a wider model for as long, and small models trained on FashionMNIST."""
+    files = ["paper-linreg-implicit-linear", *(f"paper-mnist{kind}" for kind in ("-linear", "-long", "-wide", "-raw", "-raw-gpu"))]
+    return at_paper_sizes([*files, *(f"paper-fmnist{kind}" for kind in ("", "-long", "-raw", "-raw-gpu"))])
 
 
 def signals():
@@ -383,7 +392,7 @@ def sampler():
     return f"{what}; both in equal parts, as in training: {loop / ours:.1f} times."
 
 
-TABLES = {f.__name__: f for f in (bench, quick, linreg, paper, signals, method, special, lengths, mnist, fmnist, imagenet, flow, generation, toposort, graphs, ablations, scaling, race, cost)}
+TABLES = {f.__name__: f for f in (bench, quick, linreg, paper, signals, variants, method, special, lengths, mnist, fmnist, imagenet, flow, generation, toposort, graphs, ablations, scaling, race, cost)}
 
 
 def fill(text):
