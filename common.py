@@ -70,9 +70,9 @@ def refine(model, task):
 
 
 def mini_batches(model, task):
-    """The mini-batches of `task` one by one, x (B, n, X) and y (B, n, Y), as `model.encode` hands them to `model.update`.
+    """The mini-batches of `task` one by one, x (B, n, X) and y (B, n, Y), as encoded by `model.encode` for `model.update`.
 
-    They hold all N observations or, in training without a mask, as many as are drawn for the whole batch (sec. 11.4).
+    They hold all N observations or, in training without a mask, as many as are drawn, for all tasks alike (sec. 11.4).
 
     For implicit models with `--decoder solve` y is (B, n, 2 Y): the targets, then the residuals of the observations' own
     predictions. In this regime only queries have predictions. So each observation is a query of all mini-batches before its own,
@@ -188,7 +188,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks without positions: a mini-batch is a set. Runs in `self.dtype`, takes and returns float32.
 
-    Unless `init` is "torch", attention starts by similarity, which shortens the plateau of in-context learning: keys are
+    Unless `init` is "torch", attention starts by similarity, which shortens the plateau of in-context learning: keys start as
     queries, either both random projections ("random") or both rotations, which keep angles ("rotation"). Not good for wide
     heads where tokens see themselves: nothing is as similar to a token as it is.
     """
@@ -243,7 +243,7 @@ class Parametric(nn.Module):
     """
 
     size = None  # of all mini-batches of a training step, where `replayed` sets it; else each draws its own
-    shows_residuals = False  # not by way of `mini_batches`: with weights they are at hand
+    shows_residuals = False  # `update` computes its own: with weights they are at hand
 
     def __init__(self, args, x_dim, y_dim, loss, basis):
         super().__init__()
@@ -258,7 +258,7 @@ class Parametric(nn.Module):
             self.residual = nn.Linear(self.history * y_dim, D)
             self.decoder = nn.Linear(D, y_dim + self.solve)
         else:
-            self.slots = args.latent_tokens  # tokens that the state is spread over; 1 but for explicit without a mask
+            self.slots = args.latent_tokens  # tokens that hold the state; more than 1 only for explicit, without a mask
             self.state = nn.Linear(P // self.slots, D)
             self.age = nn.Parameter(0.02 * torch.randn(self.history, self.slots, D))  # tells these tokens apart, and past states from the current one
             self.decoder = nn.Linear(D, P // self.slots)
@@ -288,7 +288,7 @@ class Parametric(nn.Module):
 
         "span": wanted (B, N, Y), taken back by the Jacobian's transpose, as gradient descent does with -dL/dprediction.
         "solve": wanted (B, N, Y + 1), the last the log of a variance: how far the others may be missed. The smallest change
-        of the weights that does so, J^T (J J^T + diag(variance))^-1 wanted: a posterior mean, if observations were so noisy.
+        of the weights that does so, J^T (J J^T + diag(variance))^-1 wanted: the posterior mean under noise of that variance.
         """
         N = phi.shape[1]
         prefix = torch.ones(1, N, device=phi.device)  # (T, N)
@@ -481,7 +481,7 @@ class Implicit(nn.Module):
         return Solve.apply(self.kernel(x, x) + noise(wanted[..., -1]), wanted[..., :-1])
 
     def carry_over(self, x, wanted, query_x, visible):
-        """Kernel ridge regression of what observations want, which `encode` has solved for where `visible` is None -> (B, Q, Y)."""
+        """Kernel ridge regression from observations to queries -> (B, Q, Y). Where `visible` is None, `wanted` are the weights of `dual`."""
         to_query = self.kernel(query_x, x)  # (B, Q, N)
         if visible is None:
             return to_query @ wanted
