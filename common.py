@@ -26,7 +26,7 @@ import time
 import warnings
 from pathlib import Path
 
-if sys.argv[1:2] in (["-h"], ["--help"]):  # argparse will answer and leave: stand-ins spare the seconds that torch takes
+if {"-h", "--help"} & {*sys.argv[1:]}:  # argparse will answer and leave: stand-ins spare the seconds that torch takes
     from unittest.mock import MagicMock
 
     inner = ("distributed", "nn", "nn.attention", "nn.functional", "utils._python_dispatch", "utils.flop_counter")
@@ -669,7 +669,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--latent-tokens", type=count, default=1, help="tokens that the latent is spread over, with --decoder linear --mask none; they divide --hidden")
     add = parser.add_argument_group("the transformer").add_argument
     add("--width", type=count, default=64, help="D, numbers in a token")
-    add("--depth", type=count, default=3, help="layers")
+    add("--depth", type=count, default=3, help="layers (toposort.py: so many over rows, then so many over nodes)")
     add("--heads", type=count, default=2, help="attention heads; they divide the width")
     add("--attention", choices=("softmax", "linear"), default="softmax", help="linear: without the softmax, for least-squares problems; with it implicit models solve with the linear kernel, else with a Gaussian one")
     add = parser.add_argument_group("training and evaluation").add_argument
@@ -995,7 +995,7 @@ class Journal:
                 self.bar.update()
                 if self.iteration == 1:  # not before: what cannot run at all leaves the run alone that --overwrite replaces
                     self.save()
-                    for folder in () if RANK else (self.args.out, os.path.join(self.args.out, "eval")):
+                    for folder in (self.args.out, os.path.join(self.args.out, "eval")) if self.args.overwrite and not RANK else ():
                         for name in (name for pattern in RUN_FILES[1:] for name in glob.glob(pattern, root_dir=folder)):
                             os.unlink(os.path.join(folder, name))
                 if self.iteration % self.every == 0 or self.iteration == self.args.iters:
@@ -1111,7 +1111,7 @@ def machine(device):
 
 
 def write_results(args, model, data, iterations, seconds, metrics, baselines):
-    """Writes results.json and prints one line per evaluation."""
+    """Writes results.json and prints a line for each split and step."""
     results = args.description | {
         "data": data, "device": args.device, "machine": machine(args.device), "dtype": args.dtype,
         "ranks": RANKS, "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed,

@@ -18,6 +18,7 @@ import gzip
 import http.client
 import os
 import socket
+import tempfile
 from pathlib import Path
 
 import common  # before torch: it answers --help by itself
@@ -72,19 +73,14 @@ def load_mnist(dataset, folder):
     files = [raw / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     arrays = [read_idx(file) for file in files]
     if any(a is None for a in arrays):
-        made, before = [f for f in (raw, *raw.parents) if not f.exists()], set(raw.glob("*"))
-        try:
-            socket.setdefaulttimeout(20)
-            source(folder, download=True)  # from torchvision's mirrors, with checksums
-        except BaseException as problem:  # also Ctrl-C: half a file would be taken for a damaged one
-            for f in set(raw.glob("*")) - before:
-                f.unlink()
-            for f in made:
-                if f.is_dir() and not any(f.iterdir()):
-                    f.rmdir()
-            if isinstance(problem, (OSError, RuntimeError, http.client.HTTPException)):
+        socket.setdefaulttimeout(20)
+        with tempfile.TemporaryDirectory() as new:  # in its place, half a download would be taken for a damaged file
+            try:
+                source(new, download=True)  # from torchvision's mirrors, with checksums
+            except (OSError, RuntimeError, http.client.HTTPException):
                 return None
-            raise
+            for file in (file for file, a in zip(files, arrays) if a is None):
+                common.replace_file(str(file), lambda f: f.write(Path(new, *file.parts[-3:]).read_bytes()))
         arrays = [read_idx(file) for file in files]
     for images, labels in (arrays[:2], arrays[2:]):
         if not len(labels) or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() >= CLASSES:

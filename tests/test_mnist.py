@@ -307,16 +307,33 @@ def test_mnist_that_cannot_be_had_is_refused_with_one_line(where, small_data, ca
     refused(capsys, where, "mnist", f"--dataset mnist --data-dir {where}")
 
 
-@pytest.mark.parametrize("problem", (RuntimeError, http.client.InvalidURL, KeyboardInterrupt, SystemExit))
-def test_half_a_download_is_taken_back(problem, monkeypatch):
-    class MNIST:
-        def __init__(self, folder, download):
-            raw = Path(folder, "MNIST/raw")
-            raw.mkdir(parents=True, exist_ok=True)
-            (raw / f"{LABELS}.gz").write_bytes(b"half")
-            raise problem
+class Download:
+    """In place of torchvision's: writes what a mirror holds of MNIST, or breaks off in the middle."""
 
-    monkeypatch.setattr(datasets, "MNIST", MNIST)
+    __name__, broken = "MNIST", None
+
+    def __init__(self, source):
+        self.source = source
+
+    def __call__(self, folder, download):
+        raw = Path(folder, "MNIST/raw")
+        raw.mkdir(parents=True)
+        if self.broken:
+            (raw / f"{LABELS}.gz").write_bytes(b"half")
+            raise self.broken
+        for file in self.source.iterdir():
+            shutil.copy(file, raw)
+
+
+@pytest.fixture
+def download(small_data, monkeypatch):
+    monkeypatch.setattr(datasets, "MNIST", Download(Path(small_data, "MNIST/raw")))
+    return datasets.MNIST
+
+
+@pytest.mark.parametrize("problem", (OSError, RuntimeError, http.client.InvalidURL, KeyboardInterrupt, SystemExit))
+def test_half_a_download_leaves_nothing(problem, download, monkeypatch):
+    monkeypatch.setattr(download, "broken", problem)
     Path("new/MNIST/raw").mkdir(parents=True)
     Path("new/MNIST/raw/mine").write_text("mine")
     for folder in ("none/yet", "new"):
@@ -326,6 +343,22 @@ def test_half_a_download_is_taken_back(problem, monkeypatch):
             with pytest.raises(problem):
                 mnist.load_mnist("mnist", folder)
     assert not os.path.exists("none") and os.listdir("new/MNIST/raw") == ["mine"]
+
+
+def test_a_download_brings_what_is_missing_and_keeps_what_is_there(download, small_data):
+    there = mnist.load_mnist("mnist", small_data)
+    Path("new/MNIST/raw").mkdir(parents=True)
+    mine = shutil.copy(Path(small_data, "MNIST/raw", LABELS), "new/MNIST/raw")
+    before = os.stat(mine)
+    for folder in ("none/yet", "new"):
+        assert all(map(np.array_equal, mnist.load_mnist("mnist", folder), there))
+    assert os.stat(mine) == before and sorted(os.listdir("new/MNIST/raw")) == sorted(os.listdir("none/yet/MNIST/raw"))
+
+
+def test_a_download_that_finds_no_room_is_refused(download, capsys):
+    Path("afile").write_text("mine")
+    refused(capsys, "cannot write afile", "mnist", "--dataset mnist --data-dir afile")
+    assert Path("afile").read_text() == "mine"
 
 
 # ---------------------------------------------------------------- drawn digits

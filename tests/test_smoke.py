@@ -157,7 +157,7 @@ PROGRAMS = [*(f"{name}.py" for name in ("linreg", "mnist", "imagenet", "toposort
 def test_help_loads_nothing_heavy_and_says_the_same(program, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # reading flags takes over Ctrl-C
-    command = [sys.executable, "-X", "importtime", os.path.join(ROOT, program), "--help"]
+    command = [sys.executable, "-X", "importtime", os.path.join(ROOT, program), "--overwrite", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert done.returncode == 0 and "common" in loaded and not {"torch", "numpy", "scipy", "torchvision", "matplotlib"} & loaded

@@ -330,6 +330,14 @@ def test_eval_never_overwrites_the_run_that_it_evaluates(finished_copy, capsys):
     refused(capsys, "--out", "linreg", "--eval", folder / "checkpoint.pt", "--overwrite --out", folder, tiny=False)
 
 
+def test_a_new_run_leaves_an_evaluation_in_its_folder_alone():
+    call("linreg", "--out trained")
+    call("linreg", "--eval trained/checkpoint.pt --out new/eval", tiny=False)
+    before = open("new/eval/results.json").read()
+    call("linreg", "--out new")
+    assert open("new/eval/results.json").read() == before
+
+
 def test_overwrite_leaves_no_trace_of_the_run_before(finished_copy):
     folder = finished_copy("linreg")
     call("linreg", "--overwrite --seed 1 --iters 4 --out", folder)
