@@ -653,7 +653,7 @@ def make_parser(script, doc, eval_steps=False):
     parser = Parser(prog=f"{script}.py", description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("the method").add_argument
     add("--regime", choices=REGIMES, help="what persists between steps: weights, a latent, or each query's prediction")
-    add("--method", choices=("ours", "paper"), default="ours", help=f"paper: what the paper does, so far as flags go ({' '.join(spell(*choice) for choice in PAPER.items())})")
+    add("--method", choices=("ours", "paper"), default="ours", help=f"paper: what the paper does, as far as flags allow ({' '.join(spell(*choice) for choice in PAPER.items())})")
     add("--steps", type=count, help="K, refinement steps; each sees a fresh mini-batch")
     add("--signal", choices=("data", "grad", "both"), default="data", help="what tokens carry: observations, their gradients, or both")
     add("--mask", choices=("causal", "none"), default="none", help="causal: all context sizes in one pass; none: one random size a step")

@@ -6,7 +6,7 @@ mini-batch of `--context` observations. The metric is the squared error on held-
     python linreg.py                                # parametric: 0.51 after one step, as the oracle; 0.28 after 5, oracle 0.275
     python linreg.py --regime explicit              # the same; each takes 4 to 6 minutes on one core
     python linreg.py --regime implicit              # the same
-    python linreg.py --method paper                 # as the paper does it, so far as flags go: 1.3 and 0.35
+    python linreg.py --method paper                 # as the paper does it, as far as flags allow: 1.3 and 0.35
 """
 
 import common  # before torch: it answers --help by itself

@@ -9,7 +9,7 @@ Out of distribution: the other dataset. The metric is the error in %; guessing c
     python mnist.py --regime parametric             # the weights of a linear predictor as state: 37% and 25%
     python mnist.py --regime explicit               # those of a trained network's last layer: 33% and 18%
     python mnist.py --images raw                    # implicit, images not centred: 30% and 15%
-    python mnist.py --method paper                  # implicit, as the paper does it, so far as flags go: 34% and 24%
+    python mnist.py --method paper                  # implicit, as the paper does it, as far as flags allow: 34% and 24%
     python mnist.py --preset paper --launch graph   # implicit, at the paper's sizes: 23% and 11%; under four minutes on an H100
 """
 
