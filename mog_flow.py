@@ -5,7 +5,7 @@ x_t = (1 - t) x_0 + t x_1 from noise x_0 to a point x_1 of the mixture, the mode
 from `--context` points of the mixture, and refines it with each further mini-batch. Following it from t = 0 to 1
 generates points. K is the number of mini-batches behind a velocity, not the number of steps of the ODE solver.
 
-    python mog_flow.py                                 # 2-d, up to 10 clusters: W2 0.31 above fresh points after 1 step, 0.07 after 5; 20 minutes on one core
+    python mog_flow.py                                 # 2-d, up to 10 clusters: W2 0.31 above fresh points after 1 step, 0.07 after 5; 21 minutes on one core
     python mog_flow.py --dim 5
     python mog_flow.py --preset paper --launch graph   # up to 100 clusters; two minutes of training on an H100
 """

@@ -79,7 +79,7 @@ def command(results):
 
     Files "...-linear" are of implicit models from before these had another decoder.
     """
-    text, edited, _ = re.sub(" --(data-dir|out|repeats) [^ ]+| --overwrite| --seed 0", "", results["command"]).partition(", edited")
+    text, edited, _ = re.sub(" --(data-dir|out) [^ ]+| --overwrite| --seed 0", "", results["command"]).partition(", edited")
     args, script = results.get("args", {}), text.split()[1]
     implicit = args.get("regime", "implicit") == "implicit"
     if implicit and script in ("mnist.py", "imagenet.py"):
