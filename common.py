@@ -661,7 +661,7 @@ def make_parser(script, doc, eval_steps=False):
     add("--decoder", choices=("solve", "span", "linear"), default="solve", help="how a state is updated: the least change that does what tokens ask of predictions (implicit: by kernel ridge regression), what the Jacobian makes of it (not implicit), or what is read off one token, as in the paper")
     add("--update", choices=("residual", "direct"), default="residual", help="the model's output is a change of the state, or the next state (for --decoder linear)")
     add("--state", choices=("logits", "softmax", "latent"), default="logits", help="what an implicit query's state is: logits, shown to it as such or as probabilities, or a vector that is decoded")
-    add("--state-scale", type=number(float, 0), default=1.0, help="what an implicit query is shown of its state is times this; 0 hides it")
+    add("--state-scale", type=number(float, 0), default=1.0, help="what an implicit query is shown of its state is times this; 0 hides it, and less than 1 is for logits")
     add("--init", choices=("torch", "random", "rotation"), default="random", help="what an implicit model starts as: PyTorch's weights; these with keys equal to queries; or that with rotations, which keep angles, for keys, queries and (not in toposort.py) the encoder of observations")
     add("--clock", choices=("none", "steps"), default="none", help="steps: tell the model how many mini-batches came before")
     add("--basis", choices=("linear", "fourier"), default="linear", help="what the explicit regime's trained basis functions of x start as")

@@ -509,6 +509,8 @@ def extract(argv):
     asked = describe(args, source, model, preprocess, size)
     folder = Path(args.data_dir, "features", folder_name(args.backbone), args.extract)
     path = folder / "features.json"
+    if not path.exists() and any(folder.glob("*.npy")):
+        common.fail(f"{folder} has features, but no features.json that says what made them: delete it to extract it again")
     with common.or_fail(f"{path} is damaged: delete its folder to extract it again"):
         facts = json.loads(path.read_text()) if path.exists() else asked | {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         different = [key for key in asked if facts.get(key) != asked[key]]
@@ -528,7 +530,7 @@ def extract(argv):
         common.write_json(str(path), facts)
     names = facts["skipped"]["train"] + facts["skipped"]["test"]
     for name in names:
-        print(f"skipped {name}: cannot be decoded")
+        print(f"skipped {name}: could not be decoded")
     print(f"{sum(facts['count'].values())} images, {len(names)} skipped")
 
 

@@ -432,7 +432,7 @@ def contenders(model, raw, batches, luck):
         "smallest R2": lambda k, nodes: unexplained(pooled(k, nodes)),
         "largest kernel R2": lambda k, nodes: -kernel_unexplained(seen(k, nodes)),
         "smallest kernel R2": lambda k, nodes: kernel_unexplained(seen(k, nodes)),
-        "largest raw variance": lambda k, nodes: raw.var(1).gather(1, nodes),
+        "largest raw variance": lambda k, nodes: raw.var(1).gather(1, nodes),  # of all rows at every k, what standardising them takes away
     }
 
 

@@ -97,7 +97,7 @@ GROUPS = {
     "MNIST: clock (implicit, decoder linear)": (MNIST + PLAIN, {"none": "", "steps": "--clock steps"}),
     "MNIST: dtype (implicit, decoder linear)": (MNIST + PLAIN + " --init random --state-scale 1", {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
     "MNIST: dtype (implicit)": (MNIST, {"float32": "--dtype float32", "bfloat16": "--dtype bfloat16"}),
-    "MNIST: state (implicit, decoder linear)": (MNIST + PLAIN, {"logits": "", "softmax": "--state softmax", "latent": "--state latent"}),
+    "MNIST: state (implicit, decoder linear)": (MNIST + PLAIN, {"logits": "", "softmax": "--state softmax --state-scale 1", "latent": "--state latent --state-scale 1"}),
     "exercise 1: steps in training (parametric)": (LINREG, {"5": "", "1": "--steps 1 --eval-steps 10"}),
     "exercise 5: detached (parametric)": (LINREG, {"every step": "", "every other step": "two-steps"}),
     "exercise 6: a loss before any data (parametric)": (LINREG, {"no": "", "yes": "step-0"}),

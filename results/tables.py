@@ -335,7 +335,7 @@ def flow():
 
 
 def generation():
-    """Table 6 of the paper: W2 / W1, beside those of as many fresh points."""
+    """Table 6 of the paper: W2 / W1, beside those of as many fresh points, and of rivals after 5."""
     both = lambda row, k: f"{value(row, k):.2f} / {row['w1']['mean'][row['steps'].index(k)]:.2f}"
     plane, space = ("1.12 / 0.58", "0.90 / 0.38", "0.81 / 0.32"), ("3.27 / 1.82", "2.50 / 1.05", "2.37 / 0.95")  # after 1, 5 and 10
     letters, held_out = ("0.28 / 0.20", "0.31 / 0.22", "0.29 / 0.21"), ("0.78 / 0.64", "0.72 / 0.58", "0.67 / 0.54")
@@ -345,9 +345,10 @@ def generation():
         ("alphabets", "id", letters), ("paper-alphabets-gpu", "id", letters), ("alphabets", "ood", held_out), ("paper-alphabets-gpu", "ood", held_out),
     ):  # fmt: skip
         r = read(name)
-        m, floor = r["metrics"][split], r["baselines"][split]["fresh samples (floor)"]
-        rows.append([m["data"], r["args"]["points"], *(both(m, k) for k in (1, 5, 10)), both(floor, 1), *paper])
-    return table(["W₂ / W₁", "points", "after 1", "5", "10", "fresh points", "paper after 1", "5", "10"], rows)
+        m, beside = r["metrics"][split], r["baselines"][split]
+        rivals = (both(beside[name], 5) for name in ("fresh samples (floor)", "exact field, same solver", "kernel density", "context resampled"))
+        rows.append([m["data"], r["args"]["points"], *(both(m, k) for k in (1, 5, 10)), *rivals, *paper])
+    return table(["W₂ / W₁", "points", "after 1", "5", "10", "fresh points", "exact field", "kernel density at 5", "resampled at 5", "paper after 1", "5", "10"], rows)
 
 
 def toposort(name="toposort", paper=None, rivals=None):

@@ -598,6 +598,8 @@ def test_features_of_other_weights_are_never_mixed(source, capsys):
     facts = json.load(open(FOLDER / "features.json"))
     json.dump(facts | {"weights_sha256": "0" * 64}, open(FOLDER.parent / "cifar10" / "features.json", "w"))
     refused(capsys, "different weights", "imagenet", "--data-dir data")
+    os.remove(FOLDER / "features.json")
+    refused(capsys, "no features.json", "imagenet", FLAGS, tiny=False)
 
 
 @pytest.mark.parametrize(
