@@ -119,14 +119,12 @@ def draw_size(N, shape, device="cpu"):
 
 def softmax_attention(q, k, v, visible=None, causal=False):
     """softmax(q . k / sqrt(C)) v over the visible tokens; q (B, heads, S, C), k and v (B, heads, N, C), visible a boolean mask or None."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # the kernel's backward pass is many times slower than in float32
-        if k.shape[-2] <= 256:  # two plain products beat both kernels while attention maps fit the cache
-            scores = ((q * q.shape[-1] ** -0.5) @ k.mT).float()
-            visible = prefixes(scores) if causal else visible
-            if visible is not None:
-                scores = scores.masked_fill(~visible, -torch.inf)
-            return scores.softmax(-1).to(v.dtype) @ v
-        q, k, v = q.float(), k.float(), v.float()
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 256:  # two plain products beat the kernel while attention maps fit the cache
+        scores = ((q * q.shape[-1] ** -0.5) @ k.mT).float()
+        visible = prefixes(scores) if causal else visible
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)
+        return scores.softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
 
 
@@ -534,18 +532,40 @@ def or_fail(message, *how):
         fail(f"{message} ({textwrap.shorten(str(problem) or repr(problem), 100)})", *how)
 
 
+class Outlet:
+    """stdout or stderr. A run outlives its reader (`| head`, or `| tee`, which the same Ctrl-C ends): what comes after that is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call, *given):
+        try:
+            return call(*given)
+        except OSError as problem:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # also for what Python flushes when it exits
+            if not isinstance(problem, BrokenPipeError):  # a full disk
+                raise
+
+
 def run(main):
     """What a script does when it is started: what its own checks could not foresee ends in one line, too."""
     signal.signal(signal.SIGINT, lambda *_: fail("interrupted", 130))
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed, as by 2>&-
+    sys.stderr = Outlet(sys.stderr or open(os.devnull, "w"))  # it may be closed, as by 2>&-
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit its encoding
+        sys.stdout = Outlet(sys.stdout)
     try:
         main()
         print(end="", flush=True)
-    except BrokenPipeError:  # a reader that has seen enough (`| head -1`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it exits
-        sys.exit(1)
     except OSError as problem:  # a file that may not be read, a name that is too long, a full disk
         fail(problem)
     except (MemoryError, RuntimeError) as problem:
@@ -744,7 +764,7 @@ def parse_args(parser, presets, argv=None):
     args.device, args.dtype, args.reason = pick_device(args.device, args.dtype)
     if args.launch == "graph" and args.device.startswith("cpu") and not args.eval:
         fail("--launch graph needs a GPU; without one, start a run with --launch eager")
-    name = [script, *(f"{flag}_{given[flag]}" for flag in sorted(given.keys() - FREE) if given[flag] != before.get(flag, parser.get_default(flag)))]
+    name = [script, *(f"{flag}_{given[flag]}" for flag in sorted(given.keys() - MACHINE) if given[flag] != before.get(flag, parser.get_default(flag)))]
     usual = os.path.join(os.path.dirname(args.eval), "eval") if args.eval else "out/" + "-".join(name)
     args.out_given, args.out = bool(args.out), args.resume or args.out or usual
     check_out(args)
@@ -1013,7 +1033,7 @@ class Journal:
             dist.destroy_process_group()  # with `stop` alive: torch 2.6 hangs now and then if the last message is for gloo to free
         stop = max(int(stop), self.stop)  # one may have come during the last save; SIGTERM is the larger
         if not self.iteration:
-            fail("stopped before the first iteration: nothing was written", 128 + stop)
+            fail("stopped before the first iteration: nothing was saved", 128 + stop)
         how = f"stopped after {self.iteration} of {self.args.iters} iterations; go on with" if stop else "trained; evaluated now, or later by"
         print(f"{how} --resume {shlex.quote(self.args.out)}")
         if stop == signal.SIGTERM:
@@ -1053,6 +1073,7 @@ class Journal:
         self.check_finite()
         content = {
             **self.args.description, "iteration": self.iteration, "train_seconds": self.seconds, "cpu_seconds": cpu_seconds(self.args),
+            "trained_on": trained_on(self.args, self.iteration),
             "pending": self.pending, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
         if not RANK:
@@ -1102,8 +1123,20 @@ def summary(chunks, steps=None, **extra):
     return extra | {"steps": steps, "mean": values.mean(0).tolist(), "stderr": stderr.tolist(), "tasks": len(values)}
 
 
+def surroundings(args):
+    """For results.json: numbers without a machine cannot be compared."""
+    where = {"device": args.device, "machine": machine(args.device), "dtype": args.dtype}
+    return where | {"ranks": RANKS, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+
+
+def trained_on(args, iteration):
+    """The surroundings in which this iteration was made: these, or those of the checkpoint (None: it is from before they were kept)."""
+    before = args.checkpoint
+    return before.get("trained_on") if before and before["iteration"] == iteration else surroundings(args)
+
+
 def machine(device):
-    """The processor, for results.json: numbers without a machine cannot be compared."""
+    """The name of the processor."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     names = [line.partition(":")[2].strip() for line in CPUINFO.splitlines() if line.startswith("model name")]
@@ -1113,8 +1146,7 @@ def machine(device):
 def write_results(args, model, data, iterations, seconds, metrics, baselines):
     """Writes results.json and prints a line for each split and step."""
     results = args.description | {
-        "data": data, "device": args.device, "machine": machine(args.device), "dtype": args.dtype,
-        "ranks": RANKS, "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": args.seed,
+        "data": data, **surroundings(args), "trained_on": trained_on(args, iterations), "seed": args.seed,
         "parameters": sum(p.numel() for p in model.parameters()), "iterations": iterations,
         "train_seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds(args), 1),  # the latter evaluation included
         "metrics": metrics, "baselines": baselines,
@@ -1162,7 +1194,7 @@ def plot_steps(out, results, log_scale=False):
 
     A split is in distribution, out of it, or a family of tasks that its data name describes.
     """
-    args, metrics, log = results["args"], results["metrics"], read_log(out)
+    args, metrics, log = results["args"], results["metrics"], read_log(out, results["iterations"])  # more, if it was resumed and not evaluated
     K, panels = args["steps"], len(metrics) + bool(log)
     columns = 3 if panels > 5 else panels
     rows = -(-panels // columns)

@@ -321,7 +321,7 @@ def test_context_and_queries_equal_pytorchs_encoder_under_one_joint_mask(causal)
     close(ours.read(queries, ours.encode(context, causal)[0], visible[:, None]), ours.norm(x[:, N:]), 1e-4)
 
 
-@pytest.mark.parametrize("N", (5, 256, 257))  # up to 256 by plain products
+@pytest.mark.parametrize("N", (5, 256))  # by plain products; more by torch's kernel
 def test_attention_in_bfloat16_is_that_of_float32(N):
     q, k, v = (torch.randn(2, 2, N, 8, requires_grad=True) for _ in range(3))
     some = torch.rand(2, 1, N, N) < 0.5

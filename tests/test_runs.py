@@ -79,6 +79,19 @@ def test_twenty_iterations_equal_ten_an_interrupt_and_ten_more(script, monkeypat
     assert_same_run("straight", "broken")
 
 
+def test_results_say_where_training_took_place_and_where_the_evaluation():
+    call("linreg", "--dtype bfloat16 --out run")
+    for flags in ("--eval run/checkpoint.pt", "--resume run"):
+        call("linreg", flags, "--dtype float32", tiny=False)
+        results = json.load(open("run/results.json" if "resume" in flags else "run/eval/results.json"))
+        assert (results["dtype"], results["trained_on"]["dtype"]) == ("float32", "bfloat16") and results["trained_on"]["machine"] == results["machine"]
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    del checkpoint["trained_on"]  # as one from before it was kept
+    torch.save(checkpoint, "run/checkpoint.pt")
+    call("linreg", "--eval run/checkpoint.pt --overwrite", tiny=False)
+    assert json.load(open("run/eval/results.json"))["trained_on"] is None
+
+
 @pytest.mark.parametrize("script", ("linreg", "mnist", "imagenet"))
 def test_an_evaluation_goes_as_far_as_it_is_told(script, finished_copy):
     """On the same tasks, so that what it passes on the way does not change."""
@@ -313,10 +326,40 @@ def test_plots_are_redrawn_from_the_json_alone(script, finished_copy, pictures):
     assert (folder / "error.png").read_bytes() != before["error.png"]
 
 
+def test_a_plot_shows_no_losses_from_after_its_errors(finished_copy, monkeypatch):
+    """As of a run that was evaluated, went on and was then killed."""
+    folder, figures = finished_copy("linreg"), []
+    results, (row,) = json.load(open(folder / "results.json")), map(json.loads, open(folder / "log.jsonl"))
+    (folder / "log.jsonl").write_text("".join(json.dumps(row | {"iteration": i}) + "\n" for i in (row["iteration"], 50)))
+    monkeypatch.setattr(common, "save_figure", lambda fig, path: figures.append(fig))
+    call("linreg", "--plot-only", folder, tiny=False)
+    assert [max(line.get_xdata()) for line in figures[0].axes[-1].lines] == [results["iterations"]] * results["args"]["steps"]
+
+
 def test_a_reader_that_has_seen_enough_is_no_traceback(finished_copy):
     process = subprocess.Popen(python("linreg.py", "--plot-only", str(finished_copy("linreg"))), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()  # as `| head` does when it has its lines
-    assert process.stderr.read() == "" and process.wait(60) == 1
+    assert process.stderr.read() == "" and process.wait(60) == 0
+
+
+def test_ctrl_c_that_ends_the_reader_too_loses_nothing():
+    """As in `python linreg.py 2>&1 | tee log`: the bar and all that is printed find no reader."""
+    flags = [*TINY["linreg"].split(), "--iters", "100000", "--out", "run"]
+    process = subprocess.Popen(python("linreg.py", *flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not os.path.exists("run/checkpoint.pt"):
+        process.stdout.read(1)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0 and os.path.exists("run/error.png")
+    assert json.load(open("run/results.json"))["iterations"] == torch.load("run/checkpoint.pt", weights_only=True)["iteration"] > 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_log_on_a_full_disk_is_one_line(finished_copy):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = python("linreg.py", "--plot-only", str(finished_copy("linreg")))
+    done = subprocess.run(command, stdout=open("/dev/full", "w"), stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.splitlines() == ["error: [Errno 28] No space left on device"]
 
 
 def test_streams_that_are_closed_or_cannot_encode_a_name(finished_copy):

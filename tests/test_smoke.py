@@ -146,8 +146,9 @@ def test_nothing_of_a_training_step_is_left_behind_on_the_cpu(script, variant, m
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_default_folder_is_named_after_the_script_and_what_differs(script):
     name, value = ("regime", "explicit") if accepts(script, "explicit") else ("history", "2")
-    folder = importlib.import_module(script).get_args([*TINY[script].split(), f"--{name}={value}"]).out
-    assert folder.startswith(f"out/{script}-") and f"{name}_{value}" in folder and "width_8" in folder and "device" not in folder
+    folder = importlib.import_module(script).get_args([*TINY[script].split(), f"--{name}={value}", "--dtype=float32"]).out
+    assert folder.startswith(f"out/{script}-") and "device" not in folder
+    assert all(part in folder for part in (f"{name}_{value}", "width_8", "dtype_float32"))
 
 
 PROGRAMS = [*(f"{name}.py" for name in ("linreg", "mnist", "imagenet", "toposort", "mog_flow", "alphabets", "bench")), *(f"results/{name}.py" for name in ("race", "cost", "sampler"))]
