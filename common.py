@@ -594,7 +594,7 @@ def join():
         sys.stdout = open(os.devnull, "w")
     if RANKS > 1:  # signals are agreed on between CPUs, without waiting for a GPU
         with or_fail(f"the {RANKS} ranks cannot meet: start them with torchrun, or unset WORLD_SIZE and RANK"):
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
 
 
 def own(x, dim=0):
@@ -932,12 +932,13 @@ def replayed(step, model, args):
     if args.launch == "eager":
         return step
     graphs, pool = {}, torch.cuda.graph_pool_handle()  # one pool for all: they never run at the same time
+    side = torch.cuda.Stream(args.device)  # and one stream to set them up: each keeps workspaces
 
     def capture():
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(args.device), torch.random.fork_rng([args.device]):  # the replay draws what this would have drawn
             torch.cuda.synchronize(args.device)
-            with torch.cuda.stream(torch.cuda.Stream(args.device)):
+            with torch.cuda.stream(side):
                 step()  # sets up what cannot be captured
             model.zero_grad()
             with torch.cuda.graph(graph, pool):
@@ -1011,6 +1012,9 @@ class Journal:
             while not (stop := all_reduce(torch.tensor(self.stop), "MAX")) and self.iteration < self.args.iters:
                 yield self.iteration
                 self.iteration += 1
+                due = self.iteration % self.every == 0 or self.iteration == self.args.iters
+                if due:
+                    self.check_finite()  # waits for a GPU, whose work the clock has to count
                 self.seconds = time.time() - start
                 self.bar.update()
                 if self.iteration == 1:  # not before: what cannot run at all leaves the run alone that --overwrite replaces
@@ -1018,7 +1022,7 @@ class Journal:
                     for folder in (self.args.out, os.path.join(self.args.out, "eval")) if self.args.overwrite and not RANK else ():
                         for name in (name for pattern in RUN_FILES[1:] for name in glob.glob(pattern, root_dir=folder)):
                             os.unlink(os.path.join(folder, name))
-                if self.iteration % self.every == 0 or self.iteration == self.args.iters:
+                if due:
                     self.flush()
                 if time.time() - saved > self.save_seconds:
                     self.save()
@@ -1059,7 +1063,6 @@ class Journal:
             fail(f"loss or weights are not finite at iteration {bad}{kept} (a lower --lr may help)")
 
     def flush(self):
-        self.check_finite()
         *losses, metric = torch.stack(self.pending).mean(0).tolist()
         lr = self.optimizer.param_groups[0]["lr"]
         self.rows.append({"iteration": self.iteration, "loss": losses, "metric": metric, "lr": lr, "seconds": round(self.seconds, 2)})

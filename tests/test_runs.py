@@ -79,6 +79,13 @@ def test_twenty_iterations_equal_ten_an_interrupt_and_ten_more(script, monkeypat
     assert_same_run("straight", "broken")
 
 
+def test_the_clock_counts_what_a_gpu_still_had_to_do(monkeypatch):
+    check = common.Journal.check_finite
+    monkeypatch.setattr(common.Journal, "check_finite", lambda self: (time.sleep(0.3), check(self)))  # as long as it takes to fetch a loss
+    call("linreg", "--iters 1 --out run")
+    assert json.load(open("run/results.json"))["train_seconds"] >= 0.3
+
+
 def test_results_say_where_training_took_place_and_where_the_evaluation():
     call("linreg", "--dtype bfloat16 --out run")
     for flags in ("--eval run/checkpoint.pt", "--resume run"):
