@@ -144,7 +144,7 @@ def quick():
 
 def linreg():
     """Squared error, its multiple of the oracle after 5, and the paper's after 1, 5 and 10 (tables 2, 3 and 4)."""
-    files = ["linreg", "linreg-explicit", "linreg-implicit", "linreg-implicit-linear", "linreg-span", "linreg-noclock", "linreg-explicit-noclock", "linreg-implicit-linear-noclock"]
+    files = ["linreg", "linreg-explicit", "linreg-implicit", "linreg-implicit-linear", "linreg-span", "linreg-noclock", "linreg-explicit-noclock", "linreg-implicit-noclock", "linreg-implicit-linear-noclock"]
     rivals = read("linreg")["baselines"]["id"]
     numbers = lambda m: [*cells(m, (1, 5, 10), 3), f"{value(m, 5) / value(rivals['ridge, all seen'], 5):.2f}"]
     rows = [[command(r), r["seeds"], *numbers(r["metrics"]["id"]), minutes(r), *quoted(r)] for r in map(read, files)]
