@@ -58,6 +58,7 @@ def measure(trained):
     model, device, classes = trained.model, trained.args.device, trained.report["script"] == "mnist"
     ms, errors, mb = defaultdict(list), defaultdict(list), {}  # by form and K: of every chunk of tasks; MB of the first
     for task in trained.tasks(KS[-1]):
+        solve(model, task, split(task, "steps", 1), classes)  # caches hold the tasks that were drawn, or the first form pays for that
         for form, k in itertools.product(FORMS, KS):
             parts = split(task, form, k)
             if (form, k) not in mb:
