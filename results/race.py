@@ -187,7 +187,7 @@ def race(trained, names, seconds):
     for task in trained.tasks(S):
         for name, run in runs.items():
             metrics, times = trace(run, task, chosen[name][0], trained)
-            if name == "this model" and trained.model.shows_residuals:  # a run also refines the observations to come: one for each k has none
+            if name == "this model" and trained.model.shows_residuals:  # one run would also charge an answer after k for observations that come later
                 cut = lambda k: task._replace(context_x=task.context_x[:k], context_y=task.context_y[:k])
                 times = list(itertools.accumulate((trace(run, cut(k), None, trained)[1][-1] for k in fresh[0]), max))
             found[name].append((metrics, times))
