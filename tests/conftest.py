@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 
 REAL_DATA = os.environ.get("IAI_DATA", "data")
 os.environ["OMP_NUM_THREADS"] = "1"  # sizes here are tiny, and subprocesses must add up in the same order as we do
@@ -17,8 +18,11 @@ import numpy as np
 import pytest
 import torch
 from torchvision import datasets
+from tqdm import tqdm
 
 import common
+
+tqdm.set_lock(threading.RLock())  # its own is shared with forks, and one that is killed while it holds it stops all later ones
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
